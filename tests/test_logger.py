@@ -41,9 +41,9 @@ def test_a_continued_file_loses_what_came_after_the_checkpoint(tmp_path):
 @pytest.mark.parametrize(
     'left, said',
     [
-        (None, 'has 0 bytes and the checkpoint needs 27'),
-        (b'{"step": 1}\n', 'has 12 bytes and the checkpoint needs 27'),
-        (b'{"step": 1}\n' * 2 + b'{"step": 2', 'has no line that ends at byte 27'),
+        (None, r'expected at least 27 bytes, .* but found 0'),
+        (b'{"step": 1}\n', r'expected at least 27 bytes, .* but found 12'),
+        (b'{"step": 1}\n' * 2 + b'{"step": 2', 'expected a line that ends at byte 27'),
     ],
 )
 def test_a_file_without_the_lines_of_the_checkpoint_is_refused_as_it_is(tmp_path, left, said):
@@ -181,7 +181,7 @@ def test_records_of_one_step_are_told_apart_by_their_number(tmp_path):
 def test_the_seed_that_is_not_finite_is_the_one_named():
     for bad in (np.nan, np.inf, -np.inf):
         with pytest.raises(
-            UserError, match='loss of seed 5 is not finite by step 7; that state is not'
+            UserError, match='loss of seed 5 became non-finite by step 7; this state is not'
         ):
             logger.refuse_non_finite((3, 5, 9), 7, {'fine': np.ones(3), 'loss': [1.0, bad, 1.0]})
     logger.refuse_non_finite((3, 5), 7, {'loss': np.array([1.0, 1e30])})
@@ -190,7 +190,10 @@ def test_the_seed_that_is_not_finite_is_the_one_named():
 @pytest.mark.parametrize('log', ['first process', 'another process'])
 def test_a_number_that_json_has_no_word_for_ends_the_run_in_every_process(tmp_path, log):
     made = logger.RunLogger(tmp_path if log == 'first process' else None, 10, 0, 0)
-    with made, pytest.raises(UserError, match=r'return \(eval\) of seed 4 is not finite by step 7'):
+    with (
+        made,
+        pytest.raises(UserError, match=r'\(eval\) of seed 4 became non-finite by step 7'),
+    ):
         made.write(7, 4, 'eval', {'success': 1.0, 'return': float('inf')})
     file = tmp_path / 'metrics.jsonl'
     assert not file.exists() or file.read_bytes() == b''
@@ -211,7 +214,7 @@ def test_a_number_that_json_has_no_word_for_ends_the_run_in_every_process(tmp_pa
 def test_a_state_that_cannot_be_gone_on_from_is_not_saved(name, value, broken, dtype):
     leaves = {'W': jnp.ones((2, 3, 4), dtype).at[1, 2, 3].set(value), 'n': jnp.ones(2, int)}
     said = pytest.raises(
-        UserError, match=f'of the {name}.* of seed 5 is not finite by step 7; that'
+        UserError, match=f'of the {name}.* of seed 5 became non-finite by step 7; this'
     )
     with said if broken else contextlib.nullcontext():
         logger.refuse_broken_state((3, 5), 7, {'empty': jnp.ones((2, 0)), name: leaves})

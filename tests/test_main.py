@@ -39,7 +39,7 @@ def run(*arguments):
         ([CONFIG, '--workdr={0}'], "'workdr'. Did you mean: workdir ?"),
         ([CONFIG, '--workdir='], '--config=FILE and --workdir=DIRECTORY are both required'),
         (['--mode=eval'], '--mode=eval requires --workdir=DIRECTORY'),
-        (['--mode=eval', '--workdir={0}'], 'has no config.json: expected the directory of a run'),
+        (['--mode=eval', '--workdir={0}'], 'expected a run directory, but found no config.json'),
         ([CONFIG, '--config.train.batch=-1', '--workdir={0}'], 'config.train.batch = -1'),
         ([CONFIG, '--config.data.source=/no/text', '--workdir={0}'], 'no such file or directory'),
     ],

@@ -77,7 +77,7 @@ def test_another_config_is_refused_and_named(tmp_path):
     'damaged, message',
     [
         (b'', r' is not JSON \(.*\)\.'),
-        (b'[]', r': expected a JSON object, got list\.'),
+        (b'[]', r': expected a JSON object, but got list\.'),
         (b'{"seeds": [0', r' is not JSON \(.*\)\.'),
         (b'\xff\xfe', r' is not JSON \(.*\)\.'),
     ],
@@ -106,10 +106,10 @@ def test_a_run_is_evaluated_with_its_own_config_and_what_evaluation_may_change(t
         'train': {'batch': 8},
         'eval': {'length': 6, 'new': 2},
     }
-    said = r'config\.model\.width = 5: .* was trained with 3\. Remove it, or use the --workdir of'
+    said = r'config\.model\.width = 5: expected 3, with which .* was trained\. Remove the option,'
     with pytest.raises(UserError, match=said):
         run_config.merge_eval_config(tmp_path, config(model={'width': 5}), **parts)
-    with pytest.raises(UserError, match=r'config\.seeds = \(1,\): .* was trained with \(0,\)'):
+    with pytest.raises(UserError, match=r'config\.seeds = \(1,\): expected \(0,\), with'):
         run_config.merge_eval_config(tmp_path, config(seeds=(1,)), **parts)
     assert run_config.read_config(tmp_path).seeds == (0,)  # a tuple, as it was
 
@@ -298,7 +298,7 @@ def test_settings_that_give_other_numbers_are_refused_when_a_run_is_continued(
         with run_dir.open_run(tmp_path, config()):
             pass
         jax.config.update(setting, before)
-        said = f'{setting} = {before!r}: .* computed with {other!r}.*Set {setting.upper()}={other}'
+        said = f'{setting} = {before!r}: expected {other!r}, .*Try {setting.upper()}={other}'
         with pytest.raises(UserError, match=said), run_dir.open_run(tmp_path, config()):
             pass
     finally:

@@ -1,1 +1,1 @@
-"""What every trainer needs: run directories, checkpoints, logs, sharding."""
+"""Infrastructure shared by all trainers: run directories, checkpoints, logs and sharding."""

@@ -1,12 +1,13 @@
-"""The parameters that are evaluated, where they differ from those that are trained.
+"""Averages of the trained parameters, which are evaluated in their place.
 
-An exponential moving average (`optim.ema`), of the parameters p after each update n = 1, 2, …:
+There are two kinds. The first is an exponential moving average (`optim.ema`) of the parameters p_n
+after each update n = 1, 2, …:
 
     e_n = d e_{n−1} + (1 − d) p_n, e_0 = 0;    average = e_n / (1 − dⁿ)
 
-and the iterates x of a schedule-free optimizer of optax (Defazio et al., The Road Less Scheduled,
-2024), which trains y = (1 − b₁) z + b₁ x. Both are in the state of the optimizer, so that they are
-divided over devices, saved and resumed with it.
+The second is the iterate x of a schedule-free optimizer of optax (Defazio et al., The Road Less
+Scheduled, 2024), which trains y = (1 − b₁) z + b₁ x. Both are part of the optimizer state, so that
+they are sharded, saved and restored with it.
 """
 
 import math
@@ -25,12 +26,12 @@ from mi.training.sharding import Tree
 
 
 class AveragedState(NamedTuple):
-    """The state of an optimizer, and the average of the parameters that it has produced.
+    """State of an optimizer with an average of the parameters.
 
     Attributes:
       optimizer: state of the optimizer.
       count: number of updates, int32.
-      ema: average of the parameters after each update; the initial ones before the first.
+      ema: debiased average of the parameters; the initial parameters before the first update.
     """
 
     optimizer: optax.OptState
@@ -41,14 +42,17 @@ class AveragedState(NamedTuple):
 def average_params(
     optimizer: optax.GradientTransformation, decay: float
 ) -> optax.GradientTransformation:
-    """Return the optimizer with an average of the parameters in its state, an `AveragedState`.
+    """Wrap an optimizer so that its state, an `AveragedState`, has an average of the parameters.
 
-    With the debiased average a_n of the formula above, a_n = a_{n−1} + s (p_n − a_{n−1}) and
-    s = (1 − d) / (1 − dⁿ): the first average is the first p, without a trace of the initial ones.
+    The debiased average above is updated as a_n = a_{n−1} + s (p_n − a_{n−1}), with
+    s = (1 − d) / (1 − dⁿ). The first average is p_1, independent of the initial parameters.
 
     Args:
-      optimizer: the optimizer.
-      decay: d, in (0, 1).
+      optimizer: the optimizer to wrap.
+      decay: decay rate of the average, d, in (0, 1).
+
+    Returns:
+      The wrapped optimizer.
     """
     log_decay = math.log(decay)
 
@@ -71,21 +75,24 @@ def average_params(
 
 
 def has_eval_params(opt_state: optax.OptState) -> bool:
-    """Return whether a state, or its shapes, holds parameters to evaluate beside the trained."""
+    """Return whether an optimizer state, or its shapes, has separate parameters to evaluate."""
     return isinstance(opt_state, AveragedState) or is_schedule_free(opt_state)
 
 
 def is_schedule_free(opt_state: optax.OptState) -> bool:
-    """Return whether a state, or its shapes, is that of a schedule-free optimizer."""
+    """Return whether an optimizer state, or its shapes, is that of a schedule-free optimizer."""
     return bool(_find_schedule_free(opt_state))
 
 
 def get_eval_params(opt_state: optax.OptState, params: Tree) -> Tree:
-    """Return the parameters to evaluate: the average, x of a schedule-free optimizer, or `params`.
+    """Return the parameters to evaluate.
 
     Args:
-      opt_state: state of the optimizer, of one seed.
-      params: the trained parameters.
+      opt_state: state of the optimizer, for one seed.
+      params: trained parameters.
+
+    Returns:
+      The average, the iterate x of a schedule-free optimizer, or `params` if there is neither.
 
     Raises:
       ValueError: if several parts of the optimizer are schedule-free.
@@ -94,14 +101,16 @@ def get_eval_params(opt_state: optax.OptState, params: Tree) -> Tree:
         return opt_state.ema
     states = _find_schedule_free(opt_state)
     if len(states) > 1:
-        raise ValueError(f'expected at most one schedule-free optimizer (got {len(states)})')
+        raise ValueError(
+            f'opt_state: expected at most one schedule-free state, but got {len(states)}'
+        )
     return contrib.schedule_free_eval_params(states[0], params) if states else params
 
 
 def get_seeds_eval_params(opt_state: optax.OptState, params: Tree) -> Tree:
-    """Return `get_eval_params` of all seeds, [S, …], placed as `params` are.
+    """Return the parameters to evaluate for all seeds, [S, …], sharded like `params`.
 
-    Where the trained parameters are evaluated, these are `params` themselves.
+    Without an average, these are `params` themselves.
     """
     if not has_eval_params(opt_state):
         return params
@@ -127,13 +136,13 @@ def restore_eval_params(
 
     Args:
       checkpoints: the checkpoints of the run.
-      checkpoint_dir: one of them.
+      checkpoint_dir: directory of the checkpoint to restore from.
       params, opt_state: shapes, dtypes and shardings of these parts of the state.
-      prefix: path of the fields that hold both parts, such as 'learner.'.
+      prefix: path of the field that contains both parts, such as 'learner.'.
       has_seeds: whether the arrays have a leading axis of seeds.
 
     Raises:
-      UserError: if the checkpoint is of another model or another optimizer.
+      UserError: if the checkpoint has a different model or optimizer.
     """
     if isinstance(opt_state, AveragedState):
         return checkpoints.restore_part(checkpoint_dir, f'{prefix}opt_state.ema', opt_state.ema)
@@ -148,10 +157,10 @@ def restore_eval_params(
 def map_copies(
     function: Callable[[chex.ArrayTree], chex.ArrayTree], opt_state: optax.OptState
 ) -> optax.OptState:
-    """Apply an affine function of the parameters to the copies of them in a state.
+    """Apply an affine function of the parameters to their copies in an optimizer state.
 
-    These are the average and z of a schedule-free optimizer. Both weight parameters with a sum of
-    1, so that an affine function of theirs is theirs of the function.
+    The copies are the average, and z of a schedule-free optimizer. Both are weighted means of
+    parameters, with which an affine function commutes.
     """
 
     def map_node(node: Any) -> Any:

@@ -1,15 +1,15 @@
-"""Verified checkpoints: a run continues from one bit for bit, or not at all.
+"""Verified checkpoints, from which a run continues bit for bit or not at all.
 
     checkpoints/00000500/state/          the arrays, by orbax
     checkpoints/00000500/meta.json       step, dtypes and shapes, and values of the training loop
     checkpoints/00000500/manifest.json   SHA-256 of every file above
 
 Orbax restores flipped bits silently, and a killed process leaves a half-written directory.
-Therefore a step is written to a hidden directory, gets its manifest, and is renamed last. `restore`
-and `newest` compare every hash, before they read anything else, and use the newest intact step.
-`restore` renames a damaged one to NAME.damaged.
+Therefore, a checkpoint is written to a hidden directory, then gets its manifest, and is renamed
+last. `restore` and `newest` verify every hash before they read anything else, and use the newest
+intact checkpoint. `restore` renames damaged checkpoints to NAME.damaged.
 
-Every process writes its own arrays; all of them have to call `save` and share a file system. The
+Every process writes its own arrays. All processes must call `save` and share a file system. The
 primary process does everything else.
 """
 
@@ -42,8 +42,8 @@ class Checkpoints:
     """The checkpoints of one run.
 
     Args:
-      directory: their directory; the first save creates it.
-      keep: number of checkpoints to keep. With fewer than 2, a damaged one has no predecessor.
+      directory: directory of the checkpoints, which the first save creates.
+      keep: number of checkpoints to keep. Keep at least 2 to have a fallback for a damaged one.
     """
 
     def __init__(self, directory: str | os.PathLike[str], keep: int = 2):
@@ -60,7 +60,7 @@ class Checkpoints:
         self._orbax = ocp.AsyncCheckpointer(handler)
 
     def save(self, step: int, state: chex.ArrayTree, meta: Meta) -> None:
-        """Write a tree of arrays as the checkpoint of a step; return when it is on disk."""
+        """Write a tree of arrays as the checkpoint of a step, and return once it is on disk."""
         final_dir = self._directory / f'{step:08d}'
         is_saved = sharding.broadcast_from_primary(final_dir.exists())
         if is_saved:  # a run that was stopped at this very step
@@ -86,7 +86,7 @@ class Checkpoints:
     def _write(
         self, saving_dir: pathlib.Path, step: int, state: chex.ArrayTree, meta: Meta
     ) -> None:
-        """Write all files of a checkpoint to a hidden directory."""
+        """Write all files of a checkpoint to the hidden directory `saving_dir`."""
         # Remove what killed processes have left, and write the arrays with all processes.
         if sharding.is_primary():
             for leftover in self._directory.glob('.saving-*'):
@@ -109,19 +109,19 @@ class Checkpoints:
             (saving_dir / 'manifest.json').write_text(json.dumps(manifest, indent=2) + '\n')
 
     def restore(self, like: Tree) -> tuple[Tree, Meta] | None:
-        """Restore the newest intact checkpoint; return None if there is none.
+        """Restore the newest intact checkpoint.
 
-        Only for the run that holds the directory, because it renames damaged checkpoints.
+        Only the run that owns the directory may call this, because it renames damaged checkpoints.
 
         Args:
-          like: a tree of arrays with the shapes, dtypes and shardings to restore to.
+          like: tree of arrays with the shapes, dtypes and shardings to restore.
 
         Returns:
-          (state, meta)
+          A tuple (state, meta), or None if there is no checkpoint.
 
         Raises:
-          UserError: if all checkpoints are damaged, or the newest intact one is of another model.
-            Nothing is deleted.
+          UserError: if all checkpoints are damaged, or if the newest intact one has a different
+            model. Nothing is deleted.
         """
         newest_step = self._set_damaged_aside() if sharding.is_primary() else 0
         step = sharding.broadcast_from_primary(newest_step)
@@ -140,12 +140,12 @@ class Checkpoints:
         return self._orbax.restore(checkpoint_dir / 'state', args=restore_args), meta
 
     def newest(self) -> tuple[pathlib.Path, Meta]:
-        """Return the path of the newest intact checkpoint, and its meta.
+        """Return the path of the newest intact checkpoint and its metadata.
 
-        Safe while the run is writing: it does not rename damaged checkpoints.
+        This is safe while the run is writing, because damaged checkpoints are not renamed.
 
         Raises:
-          UserError: if there is no checkpoint, or all are damaged.
+          UserError: if there is no checkpoint, or if all are damaged.
         """
         checkpoint_dirs: list[pathlib.Path] = []
         # List them again after a failure: the run may have deleted one meanwhile.
@@ -163,18 +163,18 @@ class Checkpoints:
         raise UserError(f'{self._directory.parent} has no checkpoint. Train the run first')
 
     def restore_part(self, checkpoint_dir: pathlib.Path, field_path: str, like: Tree) -> Tree:
-        """Restore one part of a checkpoint's state and ignore the rest.
+        """Restore one part of the state in a checkpoint, and ignore the rest.
 
-        No hash is compared here: `newest` has compared all of them before it returned the path, and
-        a caller that restores several parts would pay for each comparison.
+        Hashes are not verified here, because `newest` has verified all of them. A caller that
+        restores several parts would otherwise pay for each verification.
 
         Args:
-          checkpoint_dir: path from `newest`.
-          field_path: path of fields, such as 'learner.params'.
-          like: the part, with the shapes, dtypes and shardings to restore to.
+          checkpoint_dir: path returned by `newest`.
+          field_path: path of the part, such as 'learner.params'.
+          like: tree of arrays with the shapes, dtypes and shardings to restore.
 
         Raises:
-          UserError: if the checkpoint is of another model.
+          UserError: if the checkpoint has a different model.
         """
         # Compare the arrays of the part with those in the checkpoint.
         saved_arrays = {
@@ -200,7 +200,7 @@ class Checkpoints:
         return restored_part
 
     def _set_damaged_aside(self) -> int:
-        """Rename damaged checkpoints and return the newest intact step; −1 if there is none."""
+        """Rename damaged checkpoints; return the step of the newest intact one, −1 for none."""
         for checkpoint_dir in self._list_steps():
             damage = find_damage(checkpoint_dir)
             if not damage:
@@ -226,13 +226,13 @@ class Checkpoints:
         )
 
     def _list_steps(self) -> list[pathlib.Path]:
-        """Return the directories of the checkpoints, newest first."""
+        """List the directories of the checkpoints, newest first."""
         step_dirs = [path for path in self._directory.glob('*') if path.name.isdigit()]
         return sorted(step_dirs, key=lambda step_dir: int(step_dir.name), reverse=True)
 
 
 def hash_file(file: pathlib.Path) -> str:
-    """Return the SHA-256 of a file as hexadecimal text."""
+    """Compute the SHA-256 hash of a file, as a hexadecimal string."""
     with open(file, 'rb') as stream:
         return hashlib.file_digest(stream, 'sha256').hexdigest()
 
@@ -244,7 +244,7 @@ def _read_meta(checkpoint_dir: pathlib.Path) -> Meta:
 def _refuse_other_model(
     checkpoint_dir: pathlib.Path, saved_arrays: dict[str, str], expected_arrays: dict[str, str]
 ) -> None:
-    """Refuse a checkpoint whose arrays differ from the expected ones."""
+    """Raise UserError if the arrays of a checkpoint differ from the expected ones."""
     array_names = sorted(saved_arrays | expected_arrays)
     changed_arrays = [
         array_name
@@ -257,14 +257,14 @@ def _refuse_other_model(
         expected_shape = expected_arrays.get(array_name, 'absent')
         raise UserError(
             f'checkpoint {checkpoint_dir} does not match the model: {array_name} is {saved_shape} '
-            f'in the checkpoint and {expected_shape} in the model. Use the code that wrote it, or '
+            f'in the checkpoint and {expected_shape} in the model. Try the code that wrote it, or '
             f'another --workdir'
         )
 
 
 @contextlib.contextmanager
 def _silence_orbax() -> Iterator[None]:
-    """Suppress the traceback that each thread of orbax logs; orbax raises the error too."""
+    """Suppress the tracebacks that the threads of orbax log, because orbax also raises them."""
 
     def is_not_orbax(record: stdlib_logging.LogRecord) -> bool:
         return 'orbax' not in record.pathname
@@ -282,7 +282,7 @@ def _warn(line: str) -> None:
 
 
 def _describe_arrays(tree: chex.ArrayTree) -> dict[str, str]:
-    """Return the name of each array → its dtype and shape, such as 'float32[2, 3]'."""
+    """Map the name of each array to its dtype and shape, such as 'float32[2, 3]'."""
     paths_and_leaves, _ = jax.tree.flatten_with_path(tree)
     return {
         jax.tree_util.keystr(key_path): f'{leaf.dtype}{list(leaf.shape)}'
@@ -297,7 +297,7 @@ def _list_files(directory: pathlib.Path) -> list[str]:
 
 
 def find_damage(checkpoint_dir: pathlib.Path) -> str:
-    """Return what is wrong with a checkpoint, '' if it is intact."""
+    """Return a description of the damage to a checkpoint, or '' if it is intact."""
     try:
         manifest = json.loads((checkpoint_dir / 'manifest.json').read_text())
     except FileNotFoundError:
@@ -323,5 +323,5 @@ def _choose_damaged_name(checkpoint_dir: pathlib.Path) -> pathlib.Path:
         if not damaged_dir.exists():
             return damaged_dir
     raise UserError(
-        f'{checkpoint_dir.parent} holds 999 damaged copies of {checkpoint_dir.name}. Delete them'
+        f'{checkpoint_dir.parent} has 999 damaged copies of {checkpoint_dir.name}. Delete them'
     )

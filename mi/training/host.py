@@ -1,4 +1,4 @@
-"""Settings of the host process: memory allocator, XLA flags, description of the machine."""
+"""The host process: memory allocator, XLA flags, and a description of the machine."""
 
 import ctypes
 import hashlib
@@ -13,11 +13,11 @@ import jax
 
 
 def keep_freed_memory() -> None:
-    """Make glibc keep freed memory: faster steps on CPU, in exchange for a larger process.
+    """Make glibc keep freed memory, for faster steps on CPU at the cost of more memory.
 
-    XLA on CPU allocates the temporaries of a program at every call. By default they are fresh pages
-    from the system, which are slow to touch. Call this function before any array is made. It only
-    affects glibc.
+    On CPU, XLA allocates the temporaries of a program on every call. By default, the system
+    provides fresh pages for them, which are slow to touch. Call this function before creating any
+    array. It has no effect without glibc.
     """
     mallopt = getattr(ctypes.CDLL(None), 'mallopt', None)
     if mallopt is not None:
@@ -49,17 +49,20 @@ YNN_FAULTS_SINCE = (0, 10, 2)  # jaxlib
 
 
 def safe_xla_flags(current_flags: str = '', jaxlib: str | None = None) -> str:
-    """Return the current XLA flags with those added that avoid known faults of XLA on CPU.
+    """Add flags that avoid known faults of XLA on CPU.
 
-    A current flag keeps its value. From jaxlib 0.10.2 on, one more flag keeps XLA's YNN library
-    from fusing. Without it, 0.10.2 crashes in reductions on CPUs without AVX-512 (AMD EPYC), and
-    0.11.0 and 0.12.0.1 compute wrong numbers (Intel Xeon): the mean square of a hypernetwork's
-    output is infinity or 1e23 instead of 1. Fusions of matrix products alone did the same in 3 of
-    14 processes on a busy machine, and no fusions in none of 26 (0.12.0.1).
+    Flags that are already set keep their values. From jaxlib 0.10.2 on, one flag disables fusions
+    by XLA's YNN library. With these fusions, 0.10.2 crashes in reductions on CPUs without AVX-512
+    (AMD EPYC), and 0.11.0 and 0.12.0.1 compute wrong numbers (Intel Xeon): the mean square of a
+    hypernetwork's output is infinity or 1e23 instead of 1. On a busy machine with 0.12.0.1, fusing
+    only matrix products failed in 3 of 14 processes, and disabling all fusions in 0 of 26.
 
     Args:
-      current_flags: the value of the environment variable XLA_FLAGS.
+      current_flags: value of the environment variable XLA_FLAGS.
       jaxlib: version of jaxlib; None for the installed one.
+
+    Returns:
+      The new value of XLA_FLAGS.
     """
     flags = dict(XLA_FLAGS)
     version = re.findall(r'\d+', jaxlib or importlib.metadata.version('jaxlib'))
@@ -74,19 +77,19 @@ def safe_xla_flags(current_flags: str = '', jaxlib: str | None = None) -> str:
 
 
 def set_xla_flags() -> None:
-    """Set XLA_FLAGS to `safe_xla_flags`; call it before any computation."""
+    """Set XLA_FLAGS to `safe_xla_flags`; call this function before any computation."""
     os.environ['XLA_FLAGS'] = safe_xla_flags(os.environ.get('XLA_FLAGS', ''))
 
 
 def get_cores() -> list[int]:
-    """Return the cores that this process may use; all cores where the system does not say."""
+    """Return the cores that this process may use, or all cores if the system does not say."""
     if hasattr(os, 'sched_getaffinity'):  # not on macOS
         return sorted(os.sched_getaffinity(0))
     return list(range(os.cpu_count() or 1))
 
 
 def describe_machine() -> str:
-    """Return a description of the devices, such as '2 × NVIDIA H100', for the report."""
+    """Describe the devices for the report, as in '2 × NVIDIA H100'."""
     device = jax.devices()[0]
     if device.platform != 'cpu':
         return f'{jax.device_count()} × {device.device_kind}'
@@ -94,7 +97,7 @@ def describe_machine() -> str:
 
 
 def hash_processor() -> str:
-    """Return a hash of the CPU's model and features, which decide the code that XLA compiles."""
+    """Hash the model and the features of the CPU, which determine the code that XLA compiles."""
     fields = _read_processor_fields()
     known_fields = {name: fields.get(name, '') for name in PROCESSOR_FIELDS}
     known_fields |= {'machine': platform.machine(), 'processor': platform.processor()}
@@ -108,7 +111,7 @@ def _read_processor_name() -> str:
 
 
 def _read_processor_fields() -> dict[str, str]:
-    """Return the fields of the first CPU in /proc/cpuinfo; {} where there is no such file."""
+    """Read the fields of the first CPU in /proc/cpuinfo; return {} if the file does not exist."""
     if not CPU_INFO.exists():
         return {}
     first_cpu = CPU_INFO.read_text().partition('\n\n')[0]

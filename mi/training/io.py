@@ -1,4 +1,4 @@
-"""Files of runs and launchers: atomic JSON, tolerant readers, errors of a full disk."""
+"""Files of runs and launchers: atomic JSON, tolerant readers, and errors of a full disk."""
 
 import contextlib
 import errno
@@ -15,7 +15,7 @@ STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 
 
 def write_json(path: pathlib.Path, contents: object) -> None:
-    """Write a JSON file atomically: a reader never sees a half-written file.
+    """Write a JSON file atomically, so that a reader never sees a half-written file.
 
     Raises:
       UserError: if a number is not finite, which JSON cannot represent.
@@ -23,14 +23,16 @@ def write_json(path: pathlib.Path, contents: object) -> None:
     try:
         encoded = json.dumps(contents, indent=2, allow_nan=False)
     except ValueError as error:
-        raise UserError(f'{path}: {format_error(error)}; nothing is written') from error
+        raise UserError(
+            f'{path}: expected finite numbers ({format_error(error)}). The file is not written'
+        ) from error
     with replace_file(path) as temporary:
         temporary.write_text(encoded + '\n')
 
 
 @contextlib.contextmanager
 def replace_file(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Yield a temporary path that replaces a file at the end, or is removed after an error."""
+    """Yield a temporary path; move it to `path` on success, and remove it after an error."""
     temporary_path = path.with_name(f'.{path.name}.{os.getpid()}')
     try:
         yield temporary_path
@@ -40,10 +42,10 @@ def replace_file(path: pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 def overwrite(path: pathlib.Path, contents: bytes) -> None:
-    """Overwrite a file in the blocks that it has, which works on a full disk as well.
+    """Overwrite an existing file in place, which is possible even on a full disk.
 
     Raises:
-      OSError: if that fails too.
+      OSError: if the file cannot be written.
     """
     with open(path, 'r+b') as stream:
         stream.write(contents)
@@ -51,10 +53,14 @@ def overwrite(path: pathlib.Path, contents: bytes) -> None:
 
 
 def read_json(path: pathlib.Path, missing: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Return the JSON object of a file, or `missing`, unless None, if the file does not exist.
+    """Read a JSON object from a file.
+
+    Args:
+      path: the file.
+      missing: value to return if the file does not exist; None to raise FileNotFoundError.
 
     Raises:
-      UserError: if the file holds anything but a JSON object.
+      UserError: if the file contains anything other than a JSON object.
     """
     if missing is not None and not path.exists():
         return missing
@@ -66,25 +72,25 @@ def read_json(path: pathlib.Path, missing: dict[str, Any] | None = None) -> dict
         ) from error
     if not isinstance(contents, dict):
         raise UserError(
-            f'{path}: expected a JSON object, got {type(contents).__name__}. Restore it, or use '
-            f'another --workdir'
+            f'{path}: expected a JSON object, but got {type(contents).__name__}. Restore it, or '
+            f'use another --workdir'
         )
     return contents
 
 
 def complete_size(path: pathlib.Path) -> int:
-    """Return the size of a file up to its last newline, 0 if it does not exist.
+    """Return the size of a file up to its last newline, or 0 if the file does not exist.
 
-    A killed process may have left half a line after it.
+    A killed process may have left an incomplete line after the last newline.
     """
     return path.read_bytes().rfind(b'\n') + 1 if path.exists() else 0
 
 
 def storage_failure(error: BaseException) -> str:
-    """Return why a file could not be written, '' if the exception has another cause.
+    """Return the reason why a file could not be written, or '' for an unrelated exception.
 
-    The operating system's error may be the cause of the exception, or only be part of its message,
-    as in those of orbax.
+    The error of the operating system may be a cause of the exception or, as in exceptions of orbax,
+    only a part of its message.
     """
     # Follow the chain of causes to an error of the operating system.
     cause: BaseException | None = error
@@ -100,6 +106,6 @@ def storage_failure(error: BaseException) -> str:
 
 
 def format_duration(seconds: float) -> str:
-    """Return hours, minutes and seconds, such as '00:00:09' or '250:05:09'."""
+    """Format a duration as hours, minutes and seconds, such as '00:00:09' or '250:05:09'."""
     minutes, remainder = divmod(int(seconds), 60)
     return f'{minutes // 60:02}:{minutes % 60:02}:{remainder:02}'

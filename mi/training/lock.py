@@ -1,7 +1,7 @@
-"""The lock of a run directory: one writer at a time.
+"""The lock of a run directory, which allows one writer at a time.
 
-The kernel releases the lock when its process exits for any reason, `kill -9` included. A run is
-therefore alive if and only if its lock is held.
+The kernel releases the lock when the process exits for any reason, including `kill -9`. Therefore,
+a run is alive if and only if its lock is held.
 """
 
 import contextlib
@@ -23,12 +23,12 @@ def hold_lock(lock: pathlib.Path, run_path: pathlib.Path) -> Iterator[None]:
     """Hold the lock of a run directory while the context is open.
 
     Raises:
-      UserError: if another process holds it, or the lock file cannot be opened.
+      UserError: if another process holds the lock, or if the lock file cannot be opened.
     """
     try:
         opened = open(lock, 'a+')  # noqa: SIM115
     except OSError as error:
-        raise UserError(f'{lock}: {error.strerror}. Use another --workdir') from error
+        raise UserError(f'{lock}: {error.strerror}. Try another --workdir') from error
     with opened as file:
         # Try for a second, because `is_locked` takes the lock for an instant as well.
         for attempt in range(ATTEMPTS):
@@ -42,7 +42,8 @@ def hold_lock(lock: pathlib.Path, run_path: pathlib.Path) -> Iterator[None]:
                 file.seek(0)
                 holder = file.read().strip() or 'another process'
                 raise UserError(
-                    f'{run_path} is in use by {holder}. Wait for it, or use another --workdir'
+                    f'{run_path} is in use by {holder}. Wait for it to exit, or use another '
+                    f'--workdir'
                 ) from error
         # Record the holder for the error message above.
         file.truncate(0)
@@ -54,8 +55,8 @@ def hold_lock(lock: pathlib.Path, run_path: pathlib.Path) -> Iterator[None]:
 def is_locked(lock: pathlib.Path) -> bool:
     """Return whether a process holds a lock file.
 
-    The check takes the lock for an instant. It takes it shared, so that two checks do not see each
-    other; `hold_lock` retries for a second.
+    The check briefly takes a shared lock, so that two checks do not interfere. `hold_lock` retries
+    for a second, so that it succeeds in spite of a check.
     """
     try:
         with open(lock) as file:

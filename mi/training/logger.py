@@ -1,8 +1,8 @@
 """The logger of a run: metric files, TensorBoard, a tracker, and a progress line.
 
-metrics.jsonl   results, {"step", "seed", "split", …}: bit-equal on every run
-timing.jsonl    speed, {"step", "seconds", "tokens_per_second"}: different on every run
-tensorboard/    a copy of both; config.tracker names another one (mi.training.trackers)
+metrics.jsonl   results, {"step", "seed", "split", …}; bit-identical in every run
+timing.jsonl    speed, {"step", "seconds", "tokens_per_second"}; different in every run
+tensorboard/    a copy of both; config.tracker adds another copy (mi.training.trackers)
 """
 
 import collections
@@ -34,21 +34,21 @@ Metrics = Mapping[str, object]  # name → number, text, or None where it is und
 Record = dict[str, Any]  # name → value
 RecordKey = tuple[int | str, ...]  # (step, seed, split), or (step,) for timing
 
-ADVICE = 'Lower config.optim.learning_rate or config.optim.clip_norm'
+ADVICE = 'Try a lower config.optim.learning_rate or config.optim.clip_norm'
 
 
 class MetricsWriter:
-    """The writer of the metrics of one run.
+    """A writer of the metrics of one run.
 
     Args:
-      path: the run directory.
-      position: bytes of metrics.jsonl to keep. Records after it were written by a killed run after
-        its last checkpoint; they are cut, because the continued run writes them again.
-      step: the step of the checkpoint.
-      tracker: receives a copy beside TensorBoard; closed with the files.
+      path: run directory.
+      position: number of bytes of metrics.jsonl to keep. Later records were written by a killed run
+        after its last checkpoint. They are removed, because the resumed run writes them again.
+      step: step of the checkpoint.
+      tracker: tracker that receives a copy of the metrics; it is closed with the files.
 
     Raises:
-      UserError: if no line of metrics.jsonl ends at `position`. The file does not change.
+      UserError: if no line of metrics.jsonl ends at `position`. The file is not changed.
     """
 
     def __init__(
@@ -85,9 +85,10 @@ class MetricsWriter:
             self._files = stack.pop_all()
 
     def write(self, step: int, seed: int, split: str, metrics: Metrics) -> None:
-        """Write one record of a seed's metrics; None for a value that is undefined here.
+        """Write one record of a seed's metrics, with None for undefined values.
 
-        Values that are not numbers, such as the protocol of an evaluation, only go to the file.
+        Values other than numbers, such as the protocol of an evaluation, are only written to
+        metrics.jsonl.
         """
         record = {'step': step, 'seed': seed, 'split': split, **metrics}
         self._metrics.write(json.dumps(record, allow_nan=False).encode() + b'\n')
@@ -95,7 +96,7 @@ class MetricsWriter:
         self._copy(step, _name_scalars(record), (step, seed, split))
 
     def write_timing(self, step: int, timings: Mapping[str, float]) -> None:
-        """Write one record of the time that the steps since the last record took."""
+        """Write one record of the time taken by the steps since the last record."""
         record = {'step': step, **timings}
         self._timing.write(json.dumps(record, allow_nan=False).encode() + b'\n')
         self._timing.flush()
@@ -109,7 +110,7 @@ class MetricsWriter:
             self._tracker.write(step, scalars)
 
     def position(self) -> int:
-        """Flush metrics.jsonl to disk and return its size in bytes, for a checkpoint."""
+        """Flush metrics.jsonl to disk, and return its size in bytes for a checkpoint."""
         os.fsync(self._metrics.fileno())
         self._tensorboard.flush()
         return self._metrics.tell()
@@ -119,14 +120,14 @@ class MetricsWriter:
 
 
 class TensorBoard:
-    """A writer of TensorBoard scalars that writes in the caller's thread.
+    """A synchronous writer of TensorBoard scalars.
 
-    tensorboardX's SummaryWriter hands them to a thread. A checkpoint cannot wait for that thread,
-    and it cannot report a full disk.
+    The SummaryWriter of tensorboardX writes in a separate thread. A checkpoint cannot wait for that
+    thread, and the thread cannot report a full disk.
 
     Args:
-      path: the directory of the event files; the writer adds one.
-      first: the first step to write. TensorBoard hides earlier files' events from this step on.
+      path: directory of the event files, to which the writer adds one.
+      first: first step to write. TensorBoard hides the events of earlier files from this step on.
     """
 
     def __init__(self, path: pathlib.Path, first: int):
@@ -139,7 +140,7 @@ class TensorBoard:
             self._events.write_event(self._event(first, session_log=session_start))
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Write scalars of a step."""
+        """Write the scalars of a step."""
         for scalar_name, scalar in scalars.items():
             summary = tensorboardX.summary.scalar(scalar_name, scalar)
             self._events.write_event(self._event(step, summary=summary))
@@ -158,7 +159,7 @@ class TensorBoard:
 def _count_records_since(
     path: pathlib.Path, position: int, step: int
 ) -> collections.Counter[RecordKey]:
-    """Count the records after a checkpoint, which a tracker has received already."""
+    """Count the records after a checkpoint, which the tracker has already received."""
     record_counts = collections.Counter[RecordKey]()
     for record in _read_records(path / 'metrics.jsonl', position):
         record_counts[record['step'], record['seed'], record['split']] += 1
@@ -193,37 +194,36 @@ def _name_timings(timings: Mapping[str, float]) -> dict[str, float]:
 
 
 def _refuse_cut(file: pathlib.Path, position: int) -> None:
-    """Refuse a truncated file: `truncate` would pad it with zeros up to the position."""
+    """Raise UserError if a file is truncated, because `truncate` would pad it with zeros."""
     if position == 0:
         return
     file_size = file.stat().st_size if file.exists() else 0
     advice = 'Restore it, or use another --workdir'
     if file_size < position:
         raise UserError(
-            f'{file} has {file_size} bytes and the checkpoint needs {position}. {advice}'
+            f'{file}: expected at least {position} bytes, because the checkpoint continues there, '
+            f'but found {file_size}. {advice}'
         )
     with open(file, 'rb') as stream:
         stream.seek(position - 1)
         if stream.read(1) != b'\n':
             raise UserError(
-                f'{file} has no line that ends at byte {position}, where the checkpoint continues. '
-                f'{advice}'
+                f'{file}: expected a line that ends at byte {position}, because the checkpoint '
+                f'continues there. {advice}'
             )
 
 
 def find_records_end(path: pathlib.Path, position: int, step: int, num_records: int) -> int | None:
-    """Return the end of a step's records that start at a position of metrics.jsonl.
-
-    An evaluation that follows the checkpoint of its step is complete if all its records exist.
+    """Find the end of the evaluation records that follow a checkpoint in metrics.jsonl.
 
     Args:
-      path: the run directory.
-      position: offset in metrics.jsonl at the checkpoint, in bytes.
-      step: the step of the records.
-      num_records: the expected number of records.
+      path: run directory.
+      position: position of the checkpoint in metrics.jsonl, in bytes.
+      step: step of the records.
+      num_records: number of records of a complete evaluation.
 
     Returns:
-      The end in bytes, or None if a record is missing or truncated.
+      The end of the records in bytes, or None if a record is missing or truncated.
     """
     if num_records == 0:
         return position
@@ -240,40 +240,40 @@ def find_records_end(path: pathlib.Path, position: int, step: int, num_records: 
 
 
 def refuse_non_finite(seeds: Sequence[int], step: int, measured: dict[str, np.ndarray]) -> None:
-    """Raise an error for metrics that are not finite, before a checkpoint is saved.
+    """Raise an error for non-finite metrics, before a checkpoint is saved.
 
     Args:
-      seeds: the seeds of axis S.
+      seeds: the S seeds.
       step: number of steps or updates.
-      measured: name → values [S].
+      measured: name of each metric → its values [S].
 
     Raises:
-      UserError: if a metric of a seed is not finite.
+      UserError: if a metric is not finite.
     """
     for metric_name, values_by_seed in measured.items():
         if not np.isfinite(values_by_seed).all():
             bad_seed = seeds[int(np.argmin(np.isfinite(values_by_seed)))]
             raise UserError(
-                f'{metric_name} of seed {bad_seed} is not finite by step {step}; that state is not '
-                f'saved. {ADVICE}'
+                f'{metric_name} of seed {bad_seed} became non-finite by step {step}; this state is '
+                f'not saved. {ADVICE}'
             )
 
 
 def refuse_broken_state(
     seeds: Sequence[int], step: int, parts: Mapping[str, chex.ArrayTree]
 ) -> None:
-    """Refuse a state from which training cannot continue, before it is saved.
+    """Raise an error for a state from which training cannot continue, before it is saved.
 
-    All numbers have to be finite, and the squares of the 'parameters' too.
+    All entries must be finite, and so must the squares of the 'parameters'.
 
     Args:
-      seeds: the seeds of the leading axis of every array. The axis may be sharded, and padded with
-        repeats in the order of the seeds.
-      step: the last step of the state.
-      parts: name → tree of arrays.
+      seeds: seeds along the leading axis of every array. The axis may be sharded, and padded with
+        repeated seeds in the same order.
+      step: number of steps that the state has completed.
+      parts: name of each part of the state → tree of arrays.
 
     Raises:
-      UserError: if a part of a seed's state is not finite, or too large.
+      UserError: if an entry is not finite or too large.
     """
     for part_name, tree in parts.items():
         limit = math.sqrt(np.finfo(np.float32).max) if part_name == 'parameters' else math.inf
@@ -293,20 +293,20 @@ def refuse_broken_state(
             bad_seed = seeds[is_broken.index(True)]
             suffix = ', or its square,' if part_name == 'parameters' else ''
             raise UserError(
-                f'an entry of the {part_name}{suffix} of seed {bad_seed} is not finite by step '
-                f'{step}; that state is not saved. {ADVICE}'
+                f'an entry of the {part_name}{suffix} of seed {bad_seed} became non-finite by step '
+                f'{step}; this state is not saved. {ADVICE}'
             )
 
 
 class Progress:
-    """Progress on stderr: a bar in a terminal, otherwise one plain line per `interval`.
+    """A progress report on stderr: a bar in a terminal, or plain lines elsewhere.
 
-    A line has the step, a note, the rate and the time left.
+    A line shows the step, a note, the rate and the time left.
 
     Args:
       total: number of steps.
-      done: steps already completed when a run is resumed.
-      interval: minimum seconds between plain lines.
+      done: number of steps completed before the run was resumed.
+      interval: minimum time between plain lines, in seconds.
     """
 
     def __init__(self, total: int, done: int = 0, interval: float = 15.0):
@@ -328,7 +328,7 @@ class Progress:
             self._bar.start()
 
     def update(self, step: int, note: str, rate: str) -> None:
-        """Show a step; plain lines appear at the interval and at the last step."""
+        """Show a step; plain lines appear once per interval and at the last step."""
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=step, note=note, rate=rate)
             return
@@ -345,16 +345,16 @@ class Progress:
 
 
 class RunLogger(contextlib.AbstractContextManager['RunLogger']):
-    """The logger of one run: `MetricsWriter` and `Progress` in the process that writes.
+    """A logger of one run, which combines `MetricsWriter` and `Progress`.
 
-    Other processes only check that values are finite.
+    Processes that do not write only check that values are finite.
 
     Args:
-      path: the run directory; None for a process that does not write.
+      path: run directory; None for a process that does not write.
       total: number of steps.
-      done: the step of the checkpoint.
-      position: as in `MetricsWriter`.
-      tracker: as in `MetricsWriter`.
+      done: step of the checkpoint.
+      position: see `MetricsWriter`.
+      tracker: see `MetricsWriter`.
     """
 
     def __init__(
@@ -369,10 +369,10 @@ class RunLogger(contextlib.AbstractContextManager['RunLogger']):
         self._progress = path and Progress(total, done)
 
     def write(self, step: int, seed: int, split: str, metrics: Metrics) -> None:
-        """Write a record as `MetricsWriter.write` does.
+        """Write a record of a seed's metrics, see `MetricsWriter.write`.
 
         Raises:
-          UserError: if a value is not finite; it ends the run.
+          UserError: if a value is not finite, which should end the run.
         """
         for metric_name, metric_value in metrics.items():
             if isinstance(metric_value, float) and not math.isfinite(metric_value):
@@ -382,7 +382,7 @@ class RunLogger(contextlib.AbstractContextManager['RunLogger']):
             self._files.write(step, seed, split, metrics)
 
     def write_timing(self, step: int, timings: Mapping[str, float]) -> None:
-        """Write a record as `MetricsWriter.write_timing` does."""
+        """Write a record of the time taken by steps, see `MetricsWriter.write_timing`."""
         if self._files:
             self._files.write_timing(step, timings)
 
@@ -392,7 +392,7 @@ class RunLogger(contextlib.AbstractContextManager['RunLogger']):
             self._progress.update(step, note, rate)
 
     def position(self) -> int:
-        """Flush metrics.jsonl and return its size in bytes; 0 in a process that does not write."""
+        """Flush metrics.jsonl and return its size in bytes, or 0 if this process does not write."""
         return self._files.position() if self._files else 0
 
     def __exit__(self, *exception: object) -> None:

@@ -1,4 +1,4 @@
-"""The optimizer that a config's `optim` section names, built from optax.
+"""Optimizers from optax, as the `optim` section of a config names them.
 
 optim.name = 'adamw'                                      # a key of OPTIMIZERS
 optim.name = 'optax:lion'                                 # any function of a learning rate
@@ -82,7 +82,7 @@ SCHEDULES: Registry[Callable[[float, int, int, float], optax.Schedule]] = Regist
 
 
 def check_optimizer(value: object) -> str:
-    """Return what is expected of `optim.name`, '' for a valid one."""
+    """Return a description of valid values of `optim.name`, or '' if the value is valid."""
     if not isinstance(value, str) or not (value in OPTIMIZERS or is_reference(value)):
         return f"a known name, or 'package.module:name'; {suggest(str(value), OPTIMIZERS)}"
     if value in OPTIMIZERS:
@@ -92,7 +92,7 @@ def check_optimizer(value: object) -> str:
     except ValueError as error:
         return f'an optimizer; {error}'
     if not callable(constructor) or 'learning_rate' not in _get_defaults(constructor):
-        return 'a function with an argument learning_rate, as optax.lion'
+        return 'a function with an argument learning_rate, such as optax.lion'
     return ''
 
 
@@ -113,7 +113,7 @@ SCHEMA: dict[str, Rule] = {
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """Return the section `optim` with its defaults."""
+    """Return the section `optim` of a config, with default values."""
     config = ml_collections.ConfigDict()
     config.name = 'adam'  # adam, adamw, rmsprop, sgd, or 'optax:lion', 'package.module:name'
     # Arguments of the function 'package.module:name': --config.optim.options="{'b1': 0.95}"
@@ -132,21 +132,21 @@ def get_config() -> ml_collections.ConfigDict:
 
 
 def validate(config: ml_collections.ConfigDict, steps: int) -> None:
-    """Refuse a section `optim` that does not fit a run of `steps` updates.
+    """Validate the section `optim` of a config for a run of `steps` updates.
 
     Raises:
-      UserError: if a value contradicts another, or does not fit the run.
+      UserError: if a value contradicts another value, or does not suit the run.
     """
     if config.warmup_steps >= steps:
         raise UserError(
             f'config.optim.warmup_steps = {config.warmup_steps}: expected fewer than the {steps} '
-            f'updates of the run. Try -1, which warms up for at most a quarter of them'
+            f'updates of the run. Try -1, which warms up for at most a quarter of the run'
         )
     if config.weight_decay and config.name not in WITH_DECAY:
         raise UserError(
             f'config.optim.weight_decay = {config.weight_decay}: expected 0, because '
-            f"config.optim.name = {config.name!r} does not use this key. Try 'adamw', or set it in "
-            f'config.optim.options'
+            f'config.optim.name = {config.name!r} does not use this key. Try config.optim.name = '
+            f"'adamw', or set weight_decay in config.optim.options"
         )
     if config.name in OPTIMIZERS:
         _check_options(config, {})
@@ -161,10 +161,10 @@ def validate(config: ml_collections.ConfigDict, steps: int) -> None:
 
 
 def _check_imported(config: ml_collections.ConfigDict, steps: int) -> None:
-    """Refuse options that do not fit the function, and optimizers that need more than a gradient.
+    """Check the options of an imported optimizer, and that its update only needs gradients.
 
     Raises:
-      UserError: if an option is unknown, missing or of another type, or if the update needs more
+      UserError: if an option is unknown, missing or of the wrong type, or if the update needs more
         than gradients and parameters.
     """
     # The options, by the arguments of the function; the learning rate is a config key of its own.
@@ -176,8 +176,8 @@ def _check_imported(config: ml_collections.ConfigDict, steps: int) -> None:
     missing = set(_list_required(constructor)) - {'learning_rate', *options}
     if missing:
         raise UserError(
-            f'config.optim.options has no {" and no ".join(sorted(missing))}: expected a value, '
-            f"because {name!r} has no default. Try 'optax:lion' or 'optax.contrib:muon'"
+            f'config.optim.options: expected values of {" and ".join(sorted(missing))}, because '
+            f'{name!r} has no default. Try setting --config.optim.options'
         )
 
     # What the update needs beside gradients, state and parameters.
@@ -185,20 +185,20 @@ def _check_imported(config: ml_collections.ConfigDict, steps: int) -> None:
     needed = set(_list_required(optimizer.update)[2:]) - {'params'}
     if needed:
         raise UserError(
-            f'config.optim.name = {name!r}: expected an optimizer that needs gradients and '
-            f'parameters alone (got one whose update needs {", ".join(sorted(needed))} too). Try '
+            f'config.optim.name = {name!r}: expected an optimizer that only needs gradients and '
+            f'parameters, but its update also needs {", ".join(sorted(needed))}. Try '
             f"'optax:lion' or 'optax.contrib:muon'"
         )
 
 
 def _check_options(config: ml_collections.ConfigDict, defaults: Options) -> None:
-    """Refuse options that the optimizer does not have, or of another type."""
+    """Raise UserError for an option that the optimizer does not have, or of the wrong type."""
     with name_config_keys({'options': 'config.optim.options'}):
         check_options(config.name, get_options(config, 'options'), defaults)
 
 
 def get_state_shapes(config: ml_collections.ConfigDict, steps: int) -> optax.OptState:
-    """Return the shapes of the optimizer's state for one matrix, to see what kind it is."""
+    """Return the shapes of the optimizer state for one matrix, to inspect its structure."""
     matrix = jax.ShapeDtypeStruct((2, 2), jnp.float32)
     return jax.eval_shape(make_optimizer(config, steps).init, {'kernel': matrix})
 
@@ -209,10 +209,10 @@ def warmup_steps(config: ml_collections.ConfigDict, steps: int) -> int:
 
 
 def schedule(config: ml_collections.ConfigDict, steps: int) -> optax.Schedule:
-    """Return the learning rate by step, 0-based: linear warm-up, then the named decay.
+    """Return the learning-rate schedule: linear warm-up, then the decay that the config names.
 
-    The warm-up rises from peak / warmup to the peak at step `warmup`. The last step, steps − 1, has
-    `final_scale` times the peak.
+    The warm-up rises from peak / warmup at step 0 to the peak at step `warmup`. The decay reaches
+    `final_scale` times the peak at the last step, steps − 1, if it is cosine or linear.
     """
     peak_rate, warmup = config.learning_rate, warmup_steps(config, steps)
     decay_steps = max(1, steps - 1 - warmup)
@@ -224,18 +224,18 @@ def schedule(config: ml_collections.ConfigDict, steps: int) -> optax.Schedule:
 
 
 def compute_learning_rates(config: ml_collections.ConfigDict, steps: int) -> Array:
-    """Return the learning rate of each update in a run of `steps` updates, f32 [steps]."""
+    """Compute the learning rate of each update in a run of `steps` updates, f32 [steps]."""
     return jax.jit(jax.vmap(schedule(config, steps)))(jnp.arange(steps))
 
 
 def make_optimizer(
     config: ml_collections.ConfigDict, steps: int
 ) -> optax.GradientTransformationExtraArgs:
-    """Return the optimizer of a run of `steps` updates, with clipping and the average `ema`.
+    """Build the optimizer for a run of `steps` updates, with gradient clipping and the `ema`.
 
-    RMSProp is TensorFlow's: ε is inside the square root, and the mean square starts at one. The
-    update has an optional argument `learning_rates`, f32 [steps], in place of the schedule; see
-    `with_learning_rates`.
+    RMSProp follows TensorFlow: ε is inside the square root, and the mean square starts at one. The
+    update takes an optional argument `learning_rates`, f32 [steps], which replaces the schedule;
+    see `with_learning_rates`.
     """
     optimizer = _chain(config, schedule(config, steps))
 
@@ -260,14 +260,14 @@ def make_optimizer(
 def with_learning_rates(
     optimizer: optax.GradientTransformation, learning_rates: Array
 ) -> optax.GradientTransformation:
-    """Return an optimizer of `make_optimizer` whose updates have these learning rates.
+    """Return an optimizer with the given learning rates in place of its schedule.
 
-    If they are an argument of a program, the same program serves every learning rate and schedule,
-    so that the members of a sweep compile it once.
+    If the learning rates are an argument of a compiled program, the program works for every
+    schedule, so that the members of a sweep can share it.
 
     Args:
-      optimizer: the optimizer.
-      learning_rates: values of `compute_learning_rates`, f32 [steps].
+      optimizer: optimizer from `make_optimizer`.
+      learning_rates: learning rate of each update, f32 [steps], as from `compute_learning_rates`.
     """
     update = functools.partial(optimizer.update, learning_rates=learning_rates)
     return optax.GradientTransformation(optimizer.init, update)
@@ -276,7 +276,7 @@ def with_learning_rates(
 def _chain(
     config: ml_collections.ConfigDict, learning_rate: optax.Schedule
 ) -> optax.GradientTransformation:
-    """Chain clipping and the named optimizer, and average the parameters if the config says so."""
+    """Chain clipping and the named optimizer, and average the parameters if `ema` is set."""
     transforms: list[optax.GradientTransformation] = []
     if config.clip_norm > 0:
         transforms.append(optax.clip_by_global_norm(config.clip_norm))
@@ -290,7 +290,7 @@ def _chain(
 
 
 def _get_defaults(function: Callable[..., object]) -> dict[str, object]:
-    """Return name → default of the arguments of a function; None for a required one."""
+    """Map each argument of a function to its default, or None if it has none."""
     return {
         argument.name: None if argument.default is argument.empty else argument.default
         for argument in inspect.signature(function).parameters.values()
@@ -298,7 +298,7 @@ def _get_defaults(function: Callable[..., object]) -> dict[str, object]:
 
 
 def _list_required(function: Callable[..., object]) -> list[str]:
-    """Return the names of the arguments that a call of a function needs."""
+    """List the required arguments of a function."""
     return [
         argument.name
         for argument in inspect.signature(function).parameters.values()
@@ -308,9 +308,9 @@ def _list_required(function: Callable[..., object]) -> list[str]:
 
 
 def _is_matrix(params: chex.ArrayTree) -> chex.ArrayTree:
-    """Return True for the leaves with weight decay: all but biases and scales.
+    """Return a mask of the leaves to which weight decay applies: all but biases and scales.
 
-    The biases u and v [heads, d] of relative attention have two axes.
+    The biases u and v of relative attention have two axes, [heads, d], and are excluded by name.
     """
     return jax.tree.map_with_path(
         lambda path, leaf: leaf.ndim >= 2 and getattr(path[-1], 'key', None) not in ('u', 'v'),

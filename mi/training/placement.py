@@ -1,7 +1,8 @@
-"""Placement of independent seeds over devices that never communicate.
+"""Placement of independent seeds on devices that never communicate.
 
-The number of seeds is arbitrary. If the devices do not divide it, some seeds are repeated, so that
-every device has the same number, and the results of the repeats are dropped.
+The number of seeds is arbitrary. If the number of devices does not divide it, some seeds are
+repeated, so that every device has the same number of seeds. The results of repeated seeds are
+discarded.
 """
 
 import math
@@ -20,15 +21,15 @@ Tree = TypeVar('Tree')  # a pytree of arrays
 
 
 def seed_mesh(num_seeds: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Return a mesh that places `num_seeds` independent seeds as evenly as possible over 'seed'.
+    """Create a mesh that divides `num_seeds` independent seeds as evenly as possible.
 
-    No device has more than ceil(num_seeds / devices) seeds. Several processes use every device,
-    because each process has to run the program. One process only uses devices that get a seed.
+    No device has more than ceil(num_seeds / devices) seeds. A single process only uses devices that
+    get a seed. Several processes use all devices, because each process has to run the program.
 
     Args:
       num_seeds: number of seeds, or of other independent items such as pairs of a seed and a
         learning rate.
-      devices: the devices; None for all that are present.
+      devices: devices to use; None for all available devices.
     """
     devices = jax.devices() if devices is None else devices
     num_shards = len(devices)
@@ -39,14 +40,14 @@ def seed_mesh(num_seeds: int, devices: Sequence[jax.Device] | None = None) -> Me
 
 
 def seeds_per_device(num_seeds: int, num_devices: int) -> int:
-    """Return the largest number of seeds on a device if `num_seeds` seeds are placed evenly."""
+    """Return the maximum number of seeds per device if seeds are divided evenly."""
     return math.ceil(num_seeds / num_devices)
 
 
 def shard_map_seeds(function: Callable[..., Tree], mesh: Mesh) -> Callable[..., Tree]:
-    """Return a function of one seed mapped over arrays [S, …] from `shard_seeds`.
+    """Map a function of one seed over arrays [S, …] from `shard_seeds`.
 
-    Each device maps over its own seeds and does not communicate.
+    Each device maps over its own seeds, without communication.
     """
     seed_spec = PartitionSpec('seed')
     return jax.shard_map(
@@ -55,13 +56,16 @@ def shard_map_seeds(function: Callable[..., Tree], mesh: Mesh) -> Callable[..., 
 
 
 def padded_indices(num_seeds: int, mesh: Mesh) -> np.ndarray:
-    """Return the index of the seed at each entry of a padded axis: all seeds, then repeats."""
+    """Return the seed index of each entry of a padded axis: all seeds, then repeated ones."""
     num_shards = mesh.shape['seed']
     return np.arange(num_shards * seeds_per_device(num_seeds, num_shards)) % num_seeds
 
 
 def shard_seeds(tree: chex.ArrayTree, mesh: Mesh) -> Any:
-    """Shard host arrays [S, …] over 'seed', padded with repeats; every process passes all."""
+    """Shard host arrays [S, …] over 'seed', padded with repeated seeds.
+
+    Every process passes the arrays of all seeds.
+    """
     sharding = training_sharding.seed_sharding(mesh)
 
     def shard(array: np.ndarray) -> Array:
@@ -73,11 +77,11 @@ def shard_seeds(tree: chex.ArrayTree, mesh: Mesh) -> Any:
 
 
 def gather_seeds(tree: chex.ArrayTree, num_seeds: int) -> Any:
-    """Return arrays sharded over 'seed' as host arrays [S, …], on every process.
+    """Gather arrays sharded over 'seed' into host arrays [S, …] on every process.
 
     Args:
       tree: arrays on one mesh.
-      num_seeds: S, without the repeats that `shard_seeds` added.
+      num_seeds: number of seeds S, without the repeated seeds that `shard_seeds` adds.
     """
     if jax.process_count() > 1:
         mesh = jax.tree.leaves(tree)[0].sharding.mesh
@@ -87,7 +91,7 @@ def gather_seeds(tree: chex.ArrayTree, num_seeds: int) -> Any:
 
 
 def gathered_shapes(tree: Tree, num_seeds: int) -> Tree:
-    """Return the shapes that `gather_seeds` returns for arrays of these shapes."""
+    """Return the shapes of the arrays that `gather_seeds` returns."""
     return jax.tree.map(
         lambda array: jax.ShapeDtypeStruct((num_seeds, *array.shape[1:]), array.dtype), tree
     )

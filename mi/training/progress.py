@@ -1,4 +1,4 @@
-"""Progress lines on stderr for long work, such as compiling or tokenizing."""
+"""Progress lines on stderr for long tasks, such as compiling or tokenizing."""
 
 import contextlib
 import sys
@@ -14,10 +14,10 @@ Item = TypeVar('Item')
 
 
 class Work(contextlib.AbstractContextManager['Work']):
-    """A report on a piece of work, every `INTERVAL` seconds until it ends; short work is silent.
+    """A context that reports the progress of a task on stderr every `INTERVAL` seconds.
 
-    A thread writes the lines, so that they also appear while the work is inside one call. Only the
-    primary process writes.
+    Tasks shorter than `INTERVAL` are silent. A thread writes the lines, so that they also appear
+    during a single long call. Only the primary process writes.
 
         with Work('compiling'):
             compiled = lowered.compile()
@@ -27,9 +27,9 @@ class Work(contextlib.AbstractContextManager['Work']):
                 work.done += len(piece)
 
     Args:
-      name: name of the work, such as 'compiling the training step'.
-      total: amount of work; 0 if unknown.
-      unit: name of the unit that the lines show.
+      name: name of the task, such as 'compiling the training step'.
+      total: total amount of work; 0 if unknown.
+      unit: name of the unit in which amounts are shown.
       scale: amount of work per unit.
     """
 
@@ -41,7 +41,7 @@ class Work(contextlib.AbstractContextManager['Work']):
         self._start = 0.0
 
     def line(self, seconds: float) -> str:
-        """Return the line after a number of seconds: amount done, rate and time left."""
+        """Format the line to show after `seconds`: amount done, rate and time left."""
         if not 0 < self.done < self._total:
             return f'{self._name} … {seconds:.0f} s so far'
         units_rate = self.done / seconds
@@ -76,7 +76,7 @@ class Work(contextlib.AbstractContextManager['Work']):
 
 
 def work_if(is_long: bool, name: str) -> contextlib.AbstractContextManager[object]:
-    """Return `Work(name)` for long work, and a context that does nothing otherwise."""
+    """Return `Work(name)` if the task is long, and a context that does nothing otherwise."""
     return Work(name) if is_long else contextlib.nullcontext()
 
 
@@ -86,7 +86,7 @@ def _write(line: str) -> None:
 
 
 def track(items: Iterable[Item], name: str, total: float, unit: str) -> Iterator[Item]:
-    """Yield the items and report their number out of `total`, as `Work` does."""
+    """Yield the items, and report the number of items out of `total` with `Work`."""
     with Work(name, total, unit) as work:
         for item in items:
             yield item

@@ -1,4 +1,4 @@
-"""The config.json of a run directory: written once, compared at every restart, read to evaluate."""
+"""The config.json of a run directory, which restarts and evaluations compare to their config."""
 
 import json
 import os
@@ -17,12 +17,13 @@ ADDED: dict[str, Any] = {'data.tokenizer': '', 'optim.ema': 0.0}
 
 
 def record_config(file: pathlib.Path, config: ml_collections.ConfigDict) -> None:
-    """Write config.json, or compare it with the config of a continued run.
+    """Write config.json, or check that it agrees with the config of a resumed run.
 
-    A key that config.json lacks was added to the code since; it is written, with a warning.
+    A key that is missing in config.json was added to the code since the run started. It is written
+    to config.json, with a warning.
 
     Raises:
-      UserError: if the run was made with another config.
+      UserError: if the run was started with a different config.
     """
     resolved_config = json.loads(config.to_json())
     if not file.exists():
@@ -40,7 +41,8 @@ def record_config(file: pathlib.Path, config: ml_collections.ConfigDict) -> None
     difference = describe_difference(recorded_values, current_values)
     if describe_difference(recorded_values | added_values, current_values):
         raise UserError(
-            f'{file.parent} was made with another config: {difference}. Use another --workdir'
+            f'{file.parent} was started with a different config: {difference}. Use another '
+            f'--workdir'
         )
 
     # Record the added keys too.
@@ -56,24 +58,24 @@ def record_config(file: pathlib.Path, config: ml_collections.ConfigDict) -> None
 
 
 def has_run(workdir: str | os.PathLike[str] | None) -> bool:
-    """Return whether a directory is that of a run."""
+    """Return whether a directory is a run directory."""
     return workdir is not None and (pathlib.Path(workdir) / 'config.json').exists()
 
 
 def read_config(workdir: str | os.PathLike[str]) -> ml_collections.ConfigDict:
-    """Return the config that a run directory was made with; locked.
+    """Read the config of a run, as a locked ConfigDict.
 
     Raises:
-      UserError: if it is not the directory of a run.
+      UserError: if `workdir` is not a run directory.
     """
     file = pathlib.Path(workdir) / 'config.json'
     if not file.exists():
-        raise UserError(f'--workdir={workdir} has no config.json: expected the directory of a run')
+        raise UserError(f'--workdir={workdir}: expected a run directory, but found no config.json')
     return ml_collections.ConfigDict(_lists_to_tuples(_read(file))).lock()
 
 
 def _read(file: pathlib.Path) -> dict[str, Any]:
-    """Return the content of a config.json, with the keys of ADDED that its sections lack."""
+    """Read a config.json, and add the keys of ADDED that are missing in its sections."""
     recorded: dict[str, Any] = read_json(file)
     for config_key, default in ADDED.items():
         section, _, name = config_key.partition('.')
@@ -83,7 +85,7 @@ def _read(file: pathlib.Path) -> dict[str, Any]:
 
 
 def _lists_to_tuples(value: object) -> object:
-    """Return a JSON value with the tuples of the config, which JSON writes as lists."""
+    """Convert lists in a JSON value to tuples, which JSON stores as lists."""
     if isinstance(value, dict):
         return {config_key: _lists_to_tuples(entry) for config_key, entry in value.items()}
     return tuple(map(_lists_to_tuples, value)) if isinstance(value, list) else value
@@ -96,20 +98,20 @@ def merge_eval_config(
     overridable: Sequence[str],
     fixed: Sequence[str],
 ) -> ml_collections.ConfigDict:
-    """Return the config of a run, with the sections of `config` that evaluation may change.
+    """Merge the config of a run with the config of an evaluation.
 
-    Keys that are neither overridable nor fixed, such as the optimizer's, have no effect on an
-    evaluation. They keep the values of the run, whatever `config` contains.
+    Keys that are neither overridable nor fixed, such as those of the optimizer, have no effect on
+    an evaluation. They keep the values of the run, whatever `config` contains.
 
     Args:
-      workdir: the directory of the run.
-      config: the config of this evaluation.
-      overridable: sections and keys taken from `config`, such as 'eval'.
-      fixed: sections and keys that determine the checkpoint, such as 'model'; both configs have to
-        agree on them.
+      workdir: run directory.
+      config: config of the evaluation.
+      overridable: sections and keys to take from `config`, such as 'eval'.
+      fixed: sections and keys on which both configs must agree, because they determine the
+        checkpoint, such as 'model'.
 
     Raises:
-      UserError: if a fixed key differs, or it is not the directory of a run.
+      UserError: if a fixed key differs, or if `workdir` is not a run directory.
     """
     trained_values = flatten(read_config(workdir).to_dict())
     requested_values = flatten(config.to_dict())
@@ -122,8 +124,8 @@ def merge_eval_config(
         trained, requested = trained_values[config_key], requested_values[config_key]
         if is_in_sections(config_key, fixed) and _to_plain(trained) != _to_plain(requested):
             raise UserError(
-                f'config.{config_key} = {requested!r}: {workdir} was trained with {trained!r}. '
-                f'Remove it, or use the --workdir of another run'
+                f'config.{config_key} = {requested!r}: expected {trained!r}, with which {workdir} '
+                f'was trained. Remove the option, or try the --workdir of another run'
             )
 
     # Take everything that evaluation may not change from the run.
@@ -139,5 +141,5 @@ def merge_eval_config(
 
 
 def _to_plain(value: object) -> object:
-    """Return the value as JSON stores it."""
+    """Return a value as JSON stores it."""
     return json.loads(json.dumps(value))

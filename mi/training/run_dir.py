@@ -1,4 +1,4 @@
-"""The directory of a run: status, JSON files, trace, and the request to stop.
+"""The directory of a run, with its status, metrics, checkpoints and profile.
 
 config.json   resolved config               status.json   running, done, failed, preempted
 versions.json software and settings         cost.json     parameters and FLOPs
@@ -46,9 +46,9 @@ class Run:
     """An open run directory, from `open_run`.
 
     Attributes:
-      path: the directory.
-      config: the config of the run.
-      step: the number of finished steps.
+      path: path of the directory.
+      config: config of the run.
+      step: number of finished steps.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class Run:
                 np.savez_compressed(stream, allow_pickle=False, **arrays)
 
     def write_status(self, state: str, reason: str | None = None) -> None:
-        """Write status.json, in place if the disk has no space for another file."""
+        """Write status.json, or overwrite it in place if the disk is full."""
         process_index = jax.process_index()
         file_name = f'status.{process_index}.json' if process_index else 'status.json'
         status_file = self.path / file_name
@@ -91,11 +91,11 @@ class Run:
             overwrite(status_file, json.dumps(status).encode() + b'\n')
 
     def open_logger(self, total: int, position: int) -> logger.RunLogger:
-        """Return the logger of the run.
+        """Open the logger of the run.
 
         Args:
-          total: steps of the run.
-          position: bytes of metrics.jsonl to keep; 0 for a new file.
+          total: number of steps of the run.
+          position: number of bytes of metrics.jsonl to keep; 0 for a new file.
         """
         if not sharding.is_primary():
             return logger.RunLogger(None, total, self.step, position)
@@ -104,11 +104,19 @@ class Run:
         return logger.RunLogger(self.path, total, self.step, position, tracker)
 
     def call_traced(self, num_steps: int, program: Callable[..., Result], *args: object) -> Result:
-        """Return program(*args), the next `num_steps`; trace them if the profile contains them.
+        """Call a program that computes the next steps, and trace it if they are in the profile.
 
-        The trace starts before the first step of the profile and ends when its last step has been
-        computed. A program of several steps is traced as a whole. Each call is marked 'train' with
-        its first step, because the profiler's overview needs it.
+        The trace starts before the first step of the profile, and ends once its last step has been
+        computed. A program of several steps is traced as a whole. Each call is annotated as 'train'
+        with its first step, because the overview of the profiler needs the annotation.
+
+        Args:
+          num_steps: number of steps that the program computes.
+          program: the program.
+          *args: arguments of the program.
+
+        Returns:
+          The result of the program.
         """
         first_step, last_step = self.step + 1, self.step + num_steps
         if self._profile is None or last_step < self._profile[0] or first_step > self._profile[1]:
@@ -128,24 +136,25 @@ class Run:
         return result
 
     def end_trace(self) -> None:
-        """Write the trace if one has started."""
+        """End the trace, if one has started, and write it to the directory."""
         if self._is_tracing:
             jax.profiler.stop_trace()
             print(f'profile of steps in {self.path / "profile"}', file=sys.stderr)
             self._profile, self._is_tracing = None, False
 
     def should_stop(self, recorded: bool) -> bool:
-        """Return whether any process received SIGTERM or SIGINT: the loop has to save and exit.
+        """Return whether any process received SIGTERM or SIGINT and the run must save and exit.
 
         Args:
-          recorded: whether this step has a record. Several processes agree there, and only there.
+          recorded: whether this step writes a record. Several processes only communicate at such
+            steps, and the result is False at all others.
         """
         if jax.process_count() == 1:
             return self._has_signal
         return recorded and sharding.any_process(self._has_signal)
 
     def exit_preempted(self) -> None:
-        """Raise `Preempted`, after a checkpoint; the same command continues the run."""
+        """Raise `Preempted`, after a checkpoint from which the same command will continue."""
         raise Preempted
 
     def _on_signal(self, signal_number: int, frame: types.FrameType | None) -> None:
@@ -156,7 +165,7 @@ class Run:
 
 
 class Preempted(SystemExit):
-    """Exit with code 143, after a checkpoint."""
+    """Exit of a run with code 143, after a checkpoint."""
 
     def __init__(self) -> None:
         super().__init__(PREEMPTED)
@@ -168,24 +177,24 @@ def open_run(
     config: ml_collections.ConfigDict,
     profile: Steps | None = None,
 ) -> Iterator[Run]:
-    """Open a run directory, new or continued, and record in status.json how the run ends.
+    """Open a new or existing run directory, and record in status.json how the run ends.
 
-    Matrix products in the context have the precision `config.train.matmul_precision`.
+    Matrix products inside the context have the precision `config.train.matmul_precision`.
 
     Args:
-      workdir: the directory.
-      config: the config of the run.
+      workdir: run directory.
+      config: config of the run.
       profile: first and last step that `Run.call_traced` traces; None for no trace.
 
     Raises:
-      UserError: if another process holds the directory, or it was made with another config.
+      UserError: if another process uses the directory, or if the run in it has a different config.
     """
     # Make the directory.
     path = pathlib.Path(workdir)
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f'--workdir={path}: {error.strerror}. Use another directory') from error
+        raise UserError(f'--workdir={path}: {error.strerror}. Try another directory') from error
     with _explain_storage_failure(path), contextlib.ExitStack() as stack:
         # The primary process locks the directory and compares config and versions.
         if sharding.is_primary():
@@ -238,7 +247,7 @@ def _explain_storage_failure(path: pathlib.Path) -> Iterator[None]:
 
 
 def _record_versions(path: pathlib.Path) -> None:
-    """Write versions.json, or refuse JAX settings that would change a continued run."""
+    """Write versions.json; raise UserError if JAX settings would change a resumed run."""
     saved_steps = [
         int(checkpoint_dir.name)
         for checkpoint_dir in (path / 'checkpoints').glob('*')
@@ -249,15 +258,15 @@ def _record_versions(path: pathlib.Path) -> None:
 
 
 def parse_steps(text: str) -> Steps:
-    """Return the first and last step of a --profile value: '10:20' → (10, 20).
+    """Parse the first and last step of a --profile value: '10:20' → (10, 20).
 
     Raises:
-      UserError: if the text has another form, or the last step comes before the first.
+      UserError: if the text does not have this form, or if the last step precedes the first.
     """
     first_step, colon, last_step = text.removeprefix('steps=').partition(':')
     has_numbers = colon and first_step.isdecimal() and last_step.isdecimal()
     if not has_numbers or not 1 <= int(first_step) <= int(last_step):
         raise UserError(
-            f'--profile={text}: expected FIRST:LAST, such as 10:20, the first step is 1'
+            f'--profile={text}: expected FIRST:LAST with 1 <= FIRST <= LAST, such as 10:20'
         )
     return int(first_step), int(last_step)

@@ -1,4 +1,4 @@
-"""The device mesh of a run, from its config."""
+"""The device mesh that the config of a run describes."""
 
 from collections.abc import Sequence
 
@@ -19,7 +19,11 @@ KEYS = {
 def make_run_mesh(
     config: ml_collections.ConfigDict, devices: Sequence[jax.Device] | None = None
 ) -> jax.sharding.Mesh:
-    """Return the mesh on which a language model or an agent trains, by default on all devices.
+    """Create the mesh on which a language model or an agent trains.
+
+    Args:
+      config: config of the run.
+      devices: devices to use; None for all available devices.
 
     Raises:
       UserError: if the devices cannot divide the work.
@@ -32,7 +36,7 @@ def make_run_mesh(
 
 
 def choose_run_mesh_shape(config: ml_collections.ConfigDict, num_devices: int) -> tuple[int, ...]:
-    """Return the shape of `make_run_mesh` for a number of devices, present or not.
+    """Return the mesh shape of `make_run_mesh` for a hypothetical number of devices.
 
     Raises:
       UserError: if the devices cannot divide the work.
@@ -45,11 +49,11 @@ def choose_run_mesh_shape(config: ml_collections.ConfigDict, num_devices: int) -
 
 
 def count_mesh_seeds(config: ml_collections.ConfigDict) -> int:
-    """Return the number of seeds in a program; one if actors outside of it act."""
+    """Return the number of seeds per program, which is one for agents with external actors."""
     has_seeds = config.task == 'lm' or config.train.topology == 'fused'
     return len(config.seeds) if has_seeds else 1
 
 
 def _get_fsdp(config: ml_collections.ConfigDict) -> int:
-    """Return how many devices share one copy of the parameters; agents are too small for it."""
+    """Return the number of devices that share one copy of the parameters; 1 for small agents."""
     return config.train.fsdp if config.task == 'lm' else 1

@@ -1,12 +1,12 @@
-"""Metrics by reference: functions of the records of a run, named 'package.module:function'.
+"""User-defined metrics: functions of the records of a run, named 'package.module:function'.
 
     def best_return(records):                   # the records of one seed and split, in order
         return max(record['return'] for record in records)
 
     best_return.lower_is_better = False         # optional: the direction of a sweep's METRIC
 
-The value at a step is that of the records up to the step, so that every function has a learning
-curve. The value of a seed is that of all its records.
+The value at a step is computed from all records up to that step, so that every metric has a
+learning curve. The value of a seed is computed from all its records.
 """
 
 import functools
@@ -24,35 +24,38 @@ class RunMetric(Protocol):
     """A function of the records of one seed and split of a run."""
 
     def __call__(self, records: Sequence[Mapping[str, Any]], /) -> float | None:
-        """Return the value after the last of the records.
+        """Compute the metric after the last of the records.
 
         Args:
           records: one or more records in the order of their steps, each with 'step', 'split' and
-            the numbers of the split. A number that was not finite is NaN, which NumPy's functions
-            hand on and Python's `max` does not.
+            the numbers of the split. Non-finite numbers are NaN, which NumPy functions propagate
+            but Python's `max` does not.
 
         Returns:
-          A number; None while there is none, as for a mean of ten records after the first one.
+          A number, or None if the metric is not yet defined, such as a mean of ten records after
+          the first record.
         """
 
 
 def import_metric(metric: str) -> RunMetric:
-    """Import the function of a metric by reference.
+    """Import the function of a user-defined metric.
 
     Raises:
-      UserError: if it cannot be imported, or called.
+      UserError: if the metric cannot be imported, or is not callable.
     """
     try:
         function = import_object(metric)
     except ValueError as error:
         raise UserError(f'METRIC = {error}') from error
     if not callable(function):
-        raise UserError(f'METRIC = {metric!r}: expected a function of records, not {function!r}')
+        raise UserError(
+            f'METRIC = {metric!r}: expected a function of records, but found {function!r}'
+        )
     return cast(RunMetric, function)
 
 
 def find_direction(metric: str) -> bool | None:
-    """Return the attribute `lower_is_better` of a metric by reference; None without one.
+    """Return the attribute `lower_is_better` of a user-defined metric, or None if it has none.
 
     Raises:
       UserError: if the metric cannot be imported, or the attribute is neither True nor False.
@@ -61,22 +64,21 @@ def find_direction(metric: str) -> bool | None:
     if direction is None or isinstance(direction, bool):
         return direction
     raise UserError(
-        f'METRIC = {metric!r}: expected its attribute lower_is_better to be True or False, not '
-        f'{direction!r}'
+        f'METRIC = {metric!r}: expected its attribute lower_is_better to be True or False, but '
+        f'found {direction!r}'
     )
 
 
 class MetricAppender:
-    """A reader's last step, which adds a metric by reference to the records of one run.
+    """A filter that adds a user-defined metric to the records of one run.
 
-    Records keep their numbers, and get the value under the name of the metric: null where it is not
-    finite, nothing where the function returns None. Other metrics are recorded by the run itself,
-    and nothing is added.
+    The value is added under the name of the metric, or as None if it is not finite. Nothing is
+    added if the function returns None, or if the metric is not user-defined.
 
     Args:
-      metric: the name of the metric.
-      splits: the splits whose records get it; None for those whose records have the numbers that
-        the function reads.
+      metric: name of the metric.
+      splits: splits to whose records the metric is added; None for all splits whose records have
+        the numbers that the function reads.
     """
 
     def __init__(self, metric: str, splits: Collection[str] | None = None):
@@ -88,15 +90,15 @@ class MetricAppender:
         return import_metric(self._metric) if is_reference(self._metric) else None
 
     def clear(self) -> None:
-        """Forget the records so far, because a run has replaced them."""
+        """Forget all previous records, for a run that has rewritten them."""
         self._history.clear()
 
     def append(self, records: Iterable[Record]) -> list[Record]:
-        """Return the next records of the run, with the metric.
+        """Return the next records of the run with the metric added.
 
         Raises:
-          UserError: if the function cannot be imported, raises, or returns something else than a
-            number or None.
+          UserError: if the function cannot be imported, raises an exception, or returns anything
+            other than a number or None.
         """
         if self._function is None:
             return list(records)
@@ -122,7 +124,8 @@ class MetricAppender:
                 return record
             raise UserError(
                 f'METRIC = {self._metric!r}: expected a number or None for the {len(history)} '
-                f'{split} records up to step {step} ({type(error).__name__}: {format_error(error)})'
+                f'{split} records up to step {step}, but got {type(error).__name__}: '
+                f'{format_error(error)}'
             ) from error
         if number is None:
             return record
@@ -132,15 +135,15 @@ class MetricAppender:
 def find_refusal(
     metric: str, split: str, names: Iterable[str], *, has_more_names: bool = False
 ) -> str:
-    """Return why a metric by reference cannot be computed from a split; '' if it can.
+    """Return the reason why a user-defined metric cannot be computed on a split, or ''.
 
-    The function is called once with one made-up record, whose numbers are all 1.
+    The function is called once with a single dummy record, whose numbers are all 1.
 
     Args:
-      metric: the name of the metric.
-      split: the split.
+      metric: name of the metric.
+      split: name of the split.
       names: names of the numbers in its records.
-      has_more_names: whether the records have other numbers too, which the function may read.
+      has_more_names: whether the records may have other numbers that the function reads.
     """
     record = {'step': 1, 'seed': 0, 'split': split, **dict.fromkeys(names, 1.0)}
     try:

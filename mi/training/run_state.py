@@ -1,4 +1,4 @@
-"""The state of a run, decided from the files in its run directory.
+"""The state of a run, determined from the files in its run directory.
 
 waiting     nothing has started yet              done        all steps are complete
 running     a process holds its lock             preempted   stopped and saved; a restart resumes it
@@ -24,11 +24,11 @@ LOG_TAIL = 2**16  # bytes at the end of log.txt that are searched for its last l
 
 @dataclasses.dataclass(frozen=True)
 class RunState:
-    """How a run is doing.
+    """State of a run.
 
     Attributes:
       phase: phase of the run, from the list above.
-      reason: why it failed, died or was stopped; '' otherwise.
+      reason: reason why the run failed, died or was stopped; '' otherwise.
     """
 
     phase: str
@@ -38,19 +38,19 @@ class RunState:
 def read_run_state(run_dir: pathlib.Path, status: Mapping[str, object] | None = None) -> RunState:
     """Return the state of a run.
 
-    Rules, in order:
+    The first rule that applies determines the phase:
       1. A run whose status is 'done' is done, even if a rule tried to stop it or its process has
          not exited yet.
       2. A run whose lock is held is running, whatever its status.
       3. A run with a stop mark is stopped.
-      4. A run that was refused a restart has failed, unless it has progressed since.
-      5. A run without a status is waiting; if it has a log, it failed before it began.
+      4. A run that was refused a restart has failed, unless it has made progress since.
+      5. A run without a status is waiting or, if it has a log, failed before it began.
       6. A run whose status is 'running' has died.
-      7. Otherwise the status decides: 'failed' or 'preempted'.
+      7. Any other run has the phase of its status: 'failed' or 'preempted'.
 
     Args:
-      run_dir: the run directory; it need not exist.
-      status: the content of status.json, if the caller has read it already.
+      run_dir: run directory, which need not exist.
+      status: content of status.json; None to read it.
     """
     # The status is read before the locks, and again if the run may have ended in between.
     status = read_object(run_dir / 'status.json') if status is None else status
@@ -77,7 +77,7 @@ def read_run_state(run_dir: pathlib.Path, status: Mapping[str, object] | None = 
 
 
 class SavedProgress(NamedTuple):
-    """How much a run has saved; later progress compares as greater.
+    """Saved progress of a run; later progress compares as greater.
 
     Attributes:
       step: step of the newest checkpoint, or of the status written when the run was preempted.
@@ -89,7 +89,7 @@ class SavedProgress(NamedTuple):
 
 
 def saved_progress(run_dir: pathlib.Path) -> SavedProgress:
-    """Return how much a run has saved so far."""
+    """Return the progress that a run has saved so far."""
     checkpoint_dirs = (run_dir / 'checkpoints').glob('*')
     saved_steps = [int(path.name) for path in checkpoint_dirs if path.name.isdigit()]
     status = read_object(run_dir / 'status.json')
@@ -101,7 +101,10 @@ def saved_progress(run_dir: pathlib.Path) -> SavedProgress:
 
 
 def restart_refusal(run_dir: pathlib.Path) -> str:
-    """Return why a run is not restarted; '' if it is, or has progressed since that was noted."""
+    """Return the reason why a run was refused a restart.
+
+    The result is '' if it was not refused, or if the run has made progress since.
+    """
     note = read_object(run_dir / RESTART_NOTE)
     has_progressed = note.get('at') != list(saved_progress(run_dir))
     return '' if has_progressed else str(note.get('reason') or '')
@@ -119,7 +122,7 @@ def last_line(log: pathlib.Path) -> str:
 
 
 def read_object(file: pathlib.Path) -> dict[str, Any]:
-    """Return a JSON object; {} if the file is missing or damaged, as after a power failure."""
+    """Read a JSON object; return {} if the file is missing, or damaged by a power failure."""
     try:
         contents = json.loads(file.read_bytes())
     except (FileNotFoundError, ValueError):

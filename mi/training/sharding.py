@@ -1,14 +1,14 @@
-"""Sharding of a run over devices and processes: one mesh with three axes.
+"""Sharding of a run over devices and processes, on a mesh with three axes.
 
     seed   seeds of a run, which never communicate
     data   rows of a batch
     fsdp   rows of a batch, and large parameters with their optimizer state
 
-A trainer's step runs under `jax.shard_map`: each device computes its own seeds and rows. All
-communication is explicit: the reductions of `mi.rows`, and the collectives of `gather_params` and
-`mean_gradients`. The automatic partitioner never sees a batch, because it would gather the full
-batch where [T, B] is flattened. All processes run the same program on the same config; only the
-primary process writes to the run directory.
+The step of a trainer runs under `jax.shard_map`, so that each device computes its own seeds and
+rows. All communication is explicit: the reductions of `mi.rows`, and the collectives of
+`gather_params` and `mean_gradients`. The automatic partitioner never sees a batch, because it would
+gather the full batch wherever [T, B] is flattened. All processes run the same program with the same
+config. Only the primary process writes to the run directory.
 """
 
 import math
@@ -37,14 +37,16 @@ MIN_FSDP_SIZE = 2**12  # entries; smaller arrays are replicated over 'fsdp'
 
 
 def initialize(distributed: str) -> None:
-    """Connect this process to the others of its run; call it before any other function of jax.
+    """Connect this process to the other processes of its run.
+
+    Call this function before any function of JAX.
 
     Args:
-      distributed: '' for a single process; 'auto' where jax detects the others (Slurm, Open MPI,
-        Kubernetes, TPU); otherwise 'HOST:PORT,COUNT,INDEX' with the address of process 0.
+      distributed: '' for a single process; 'auto' if JAX can detect the other processes (Slurm,
+        Open MPI, Kubernetes, TPU); otherwise 'HOST:PORT,COUNT,INDEX' with the address of process 0.
 
     Raises:
-      UserError: if the value has none of these forms.
+      UserError: if `distributed` does not have one of these forms.
     """
     if not distributed:
         return
@@ -68,32 +70,32 @@ def initialize(distributed: str) -> None:
 
 
 def is_primary() -> bool:
-    """Return whether this process writes to the run directory; a single process does."""
+    """Return whether this process is the primary one, which writes to the run directory."""
     return jax.process_index() == 0
 
 
 def barrier(name: str) -> None:
-    """Wait until every process has reached the barrier of this name."""
+    """Wait until every process has reached the barrier `name`."""
     with progress.Work(f'waiting for the other processes: {name}'):
         multihost_utils.sync_global_devices(name)
 
 
 def any_process(flag: bool) -> bool:
-    """Return whether the flag is set in any process; all processes have to call it."""
+    """Return whether the flag is set in any process; all processes must call this function."""
     if jax.process_count() == 1:
         return flag
     return bool(np.any(multihost_utils.process_allgather(np.asarray(flag))))
 
 
 def sum_over_processes(number: int) -> int:
-    """Return the sum of a number over all processes; all processes have to call it."""
+    """Return the sum of a number over all processes, which must all call this function."""
     if jax.process_count() == 1:
         return number
     return int(np.sum(multihost_utils.process_allgather(np.asarray(number))))
 
 
 def broadcast_from_primary(number: int) -> int:
-    """Return the number of the primary process; all processes have to call it."""
+    """Return the number of the primary process; all processes must call this function."""
     if jax.process_count() == 1:
         return number
     return int(multihost_utils.broadcast_one_to_all(np.asarray(number)))
@@ -102,13 +104,13 @@ def broadcast_from_primary(number: int) -> int:
 def compile_fast(
     function: Callable[..., object], *args: object, level: int = 0, **options: Any
 ) -> jax.stages.Compiled:
-    """Compile a function at a low optimization level, for functions that run once or briefly.
+    """Compile a function that runs once or briefly, at a low optimization level.
 
     Args:
-      function: the function.
-      *args: its arguments, or their shapes.
-      level: the optimization level on CPU, from 0 to 3; 3 is XLA's default. Level 1 runs loops as
-        fast as 3.
+      function: function to compile.
+      *args: arguments of the function, or their shapes.
+      level: optimization level on CPU, from 0 to 3, the default of XLA. Loops run as fast at level
+        1 as at level 3.
       **options: options of `jax.jit`.
     """
     compiler_options: dict[str, str | bool] = {}
@@ -118,7 +120,7 @@ def compile_fast(
 
 
 def jit_once(function: Callable[..., Tree], *args: object, out_shardings: Shardings = None) -> Tree:
-    """Return function(*args), compiled at a low optimization level, for code that runs once."""
+    """Call a function that runs once, compiled at a low optimization level."""
     return compile_fast(function, *args, out_shardings=out_shardings)(*args)
 
 
@@ -129,21 +131,22 @@ def make_mesh(
     shape: Sequence[int] = (),
     devices: Sequence[jax.Device] | None = None,
 ) -> Mesh:
-    """Return a mesh [seed, data, fsdp] of all devices, or of as many as divide the work evenly.
+    """Create a mesh [seed, data, fsdp] of as many devices as can divide the work evenly.
 
-    Of the meshes that use the most devices, it takes the one that shards the most over 'seed',
-    because seeds need no communication.
+    Among the meshes with the most devices, the one with the largest axis 'seed' is chosen, because
+    seeds need no communication.
 
     Args:
       num_seeds: number of seeds that train simultaneously.
-      batch_size: rows of a seed's batch.
-      fsdp: devices that share one copy of the parameters; fewer if there are fewer devices.
-      shape: all three axes; () to choose them.
-      devices: the devices; None for all that are present.
+      batch_size: number of rows in the batch of one seed.
+      fsdp: number of devices that share one copy of the parameters; reduced if there are fewer
+        devices.
+      shape: sizes of all three axes; () to choose them automatically.
+      devices: devices to use; None for all available devices.
 
     Raises:
-      ArgumentError: if the devices cannot divide the work, or if some devices of several processes
-        would be idle.
+      ArgumentError: if the devices cannot divide the work, or if a run of several processes would
+        leave devices idle.
     """
     # Several processes have to use all devices, because each one runs the program.
     devices = jax.devices() if devices is None else devices
@@ -151,9 +154,9 @@ def make_mesh(
     num_used = math.prod(shape)
     if num_used < len(devices) and len({device.process_index for device in devices}) > 1:
         raise ArgumentError(
-            f'`batch_size` = {batch_size} and {num_seeds} seeds use {num_used} of '
-            f'{len(devices)} devices, but a run of several processes must use all. '
-            f'Try a batch that is a multiple of {len(devices)}'
+            f'`batch_size` = {batch_size}: expected a size that uses all {len(devices)} devices of '
+            f'several processes, but {num_seeds} seeds use {num_used}. Try a multiple of '
+            f'{len(devices)}'
         )
     return jax.make_mesh(
         shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=tuple(devices)[:num_used]
@@ -163,7 +166,7 @@ def make_mesh(
 def choose_mesh_shape(
     num_seeds: int, batch_size: int, fsdp: int, shape: Sequence[int], num_devices: int
 ) -> tuple[int, ...]:
-    """Return the mesh shape that `make_mesh` uses for a number of devices, present or not.
+    """Return the mesh shape of `make_mesh` for a hypothetical number of devices.
 
     Raises:
       ArgumentError: if the devices cannot divide the work.
@@ -194,7 +197,7 @@ def _choose_largest_shape(
     setting = f'`fsdp` = {fsdp}'
     if num_devices < fsdp:
         fsdp = math.gcd(fsdp, num_devices)
-        setting += f', which is {fsdp} on {num_devices} devices'
+        setting += f', reduced to {fsdp} for {num_devices} devices'
     if batch_size % fsdp:
         raise ArgumentError(f'{setting}: expected a divisor of `batch_size` = {batch_size}')
 
@@ -209,13 +212,13 @@ def _choose_largest_shape(
 
 
 def platform(mesh: Mesh) -> str:
-    """Return the platform of a mesh, present or only described: 'cpu', 'gpu' or 'tpu'."""
+    """Return the platform of the devices of a mesh: 'cpu', 'gpu' or 'tpu'."""
     platform_name: str = mesh.devices.flat[0].platform
     return 'gpu' if platform_name in ('cuda', 'rocm') else platform_name
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Return the sharding of arrays that every device holds in full."""
+    """Return the sharding of arrays that are replicated on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
@@ -225,7 +228,7 @@ def seed_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def metrics_sharding(mesh: Mesh) -> NamedSharding:
-    """Return the sharding of metrics [S] that every process reads."""
+    """Return the sharding of metrics [S] that every process can read."""
     return replicated(mesh) if mesh.is_multi_process else seed_sharding(mesh)
 
 
@@ -234,8 +237,8 @@ def batch_sharding(mesh: Mesh, axis: int, has_seeds: bool = False) -> NamedShard
 
     Args:
       mesh: mesh from `make_mesh`.
-      axis: the axis B.
-      has_seeds: whether axis 0 holds the seeds and is sharded over 'seed'.
+      axis: index of the axis B.
+      has_seeds: whether axis 0 is the axis of seeds, which is sharded over 'seed'.
     """
     seed_axis = ('seed',) if has_seeds else ()
     return NamedSharding(mesh, PartitionSpec(*seed_axis, *[None] * (axis - len(seed_axis)), ROWS))
@@ -244,10 +247,10 @@ def batch_sharding(mesh: Mesh, axis: int, has_seeds: bool = False) -> NamedShard
 def fsdp_sharding(tree: chex.ArrayTree, mesh: Mesh) -> Shardings:
     """Return the sharding of each parameter [S, …]: over 'seed', and over 'fsdp' if it is large.
 
-    'fsdp' shards the longest axis that it divides.
+    The longest axis that is divisible by the size of 'fsdp' is sharded over 'fsdp'.
 
     Args:
-      tree: arrays of all seeds, or their shapes.
+      tree: parameters of all seeds, or their shapes.
       mesh: mesh from `make_mesh`.
     """
     num_shards = mesh.shape['fsdp']
@@ -265,7 +268,7 @@ def fsdp_sharding(tree: chex.ArrayTree, mesh: Mesh) -> Shardings:
 
 
 def partition_specs(shardings: Shardings) -> Specs:
-    """Return the `PartitionSpec` of each sharding, array or shape of a tree."""
+    """Return the `PartitionSpec` of each sharding, array or shape in a tree."""
 
     def spec(leaf: NamedSharding | Array | jax.ShapeDtypeStruct) -> PartitionSpec:
         sharding = leaf if isinstance(leaf, NamedSharding) else leaf.sharding
@@ -276,15 +279,15 @@ def partition_specs(shardings: Shardings) -> Specs:
 
 
 def fsdp_specs(params: chex.ArrayTree, mesh: Mesh) -> Specs:
-    """Return the specs of parameters [S, …] for `gather_params`; None if 'fsdp' shards none."""
+    """Return the specs of parameters [S, …] for `gather_params`, or None without 'fsdp'."""
     return None if mesh.shape['fsdp'] == 1 else partition_specs(fsdp_sharding(params, mesh))
 
 
 def map_seeds(function: Callable[..., Tree], mesh: Mesh) -> Callable[..., Tree]:
-    """Return a function of one seed mapped over the seeds of a device, [S, …].
+    """Map a function of one seed over the seeds of a device, [S, …].
 
-    On a CPU it loops over the seeds, because the products of one seed keep all cores busy and
-    batched products are slower. Elsewhere it is `jax.vmap`.
+    On CPU, the result loops over the seeds, because the products of one seed keep all cores busy
+    and batched products are slower. On other platforms, it uses `jax.vmap`.
     """
     if platform(mesh) == 'cpu':
         return lambda *args: jax.lax.map(lambda row: function(*row), args)
@@ -292,16 +295,16 @@ def map_seeds(function: Callable[..., Tree], mesh: Mesh) -> Callable[..., Tree]:
 
 
 def gather_params(params: Tree, partition: Specs) -> Tree:
-    """Return the full parameters of one seed, with an all-gather of those sharded over 'fsdp'.
+    """Gather the full parameters of one seed from their shards over 'fsdp'.
 
-    Its gradient is a reduce-scatter: the sum over 'fsdp', sharded as the parameters are. Gathered
-    parameters stay in memory until the backward pass has used them. Gathering them again there,
-    under `jax.checkpoint`, makes XLA materialize z ⊗ x on TPU.
+    The gradient is a reduce-scatter: the sum over 'fsdp', sharded like the parameters. Gathered
+    parameters stay in memory until the backward pass has used them. Gathering them again in the
+    backward pass, with `jax.checkpoint`, would make XLA materialize z ⊗ x on TPU.
 
     Args:
-      params: the shards of one seed's parameters on this device.
-      partition: the `PartitionSpec` of each array [S, …], from `fsdp_specs`; None if 'fsdp' shards
-        none of them.
+      params: shards of one seed's parameters on this device.
+      partition: `PartitionSpec` of each array [S, …], from `fsdp_specs`; None if no array is
+        sharded over 'fsdp'.
     """
     if partition is None:
         return params
@@ -316,7 +319,7 @@ def gather_params(params: Tree, partition: Specs) -> Tree:
 
 
 def mean_gradients(gradients: Tree, partition: Specs) -> Tree:
-    """Return gradients through `gather_params`, averaged over the devices that share a batch."""
+    """Average gradients through `gather_params` over the devices that share a batch."""
     if partition is None:
         return mean_over_rows(gradients)
 
@@ -341,23 +344,23 @@ def with_shardings(shapes: Tree, shardings: Shardings) -> Tree:
 
 
 def shard_array(array: np.ndarray, sharding: NamedSharding) -> Array:
-    """Return a sharded array; every process passes the full host array."""
+    """Shard a host array; every process passes the full array."""
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
 def shard_batch(tree: Tree, mesh: Mesh, axis: int) -> Tree:
-    """Return arrays sharded over the rows, `axis`; each process passes its own rows."""
+    """Shard arrays over the rows along `axis`; each process passes its own rows."""
     sharding = batch_sharding(mesh, axis)
     return jax.tree.map(lambda array: jax.make_array_from_process_local_data(sharding, array), tree)
 
 
 def to_local(tree: Tree) -> Tree:
-    """Return replicated arrays as arrays of one device of this process."""
+    """Convert replicated arrays to arrays on one device of this process."""
     return jax.tree.map(lambda array: array.addressable_data(0), tree)
 
 
 def to_host(tree: chex.ArrayTree) -> Any:
-    """Return arrays with any sharding as NumPy arrays; all processes have to call it."""
+    """Convert arrays of any sharding to NumPy arrays; all processes must call this function."""
 
     def gather(array: Array) -> np.ndarray:
         if getattr(array, 'is_fully_addressable', True) or array.is_fully_replicated:

@@ -1,9 +1,10 @@
 """Experiment trackers, which receive a copy of the metrics: `config.tracker`.
 
-Reports read the JSONL files, which every run writes (mi.training.logger). A tracker receives the
-project, the name of the run directory, and an id. tracker.json stores the id, so that a continued
-run continues in the tracker. Two trackers need no network: wandb with WANDB_MODE=offline, and
-trackio, which uses a local database unless TRACKIO_SPACE_ID names a Space.
+Reports do not need a tracker, because they read the JSONL files that every run writes (see
+mi.training.logger). A tracker receives the project, the name of the run directory, and an id, which
+tracker.json stores so that a resumed run continues in the tracker. Two trackers work without a
+network: wandb with WANDB_MODE=offline, and trackio, which uses a local database unless
+TRACKIO_SPACE_ID names a Space.
 """
 
 import importlib
@@ -22,7 +23,7 @@ PROJECT = 'mi'  # unless WANDB_PROJECT names another
 
 
 class Wandb:
-    """Weights & Biases, with metrics over their step; wandb's own step only counts records."""
+    """A tracker for Weights & Biases, which plots metrics over the step of the run."""
 
     def __init__(self, path: pathlib.Path, id: str, config: dict[str, object], continued: bool):
         self.continued = continued
@@ -53,7 +54,7 @@ class Wandb:
 
 
 class Trackio:
-    """Hugging Face's trackio: a local database, or a Space."""
+    """A tracker for Hugging Face's trackio, with a local database or a Space."""
 
     def __init__(self, path: pathlib.Path, id: str, config: dict[str, object], continued: bool):
         self.continued = continued
@@ -71,11 +72,12 @@ class Trackio:
 
 
 class Tracker(Protocol):
-    """A receiver of a copy of the metrics.
+    """A tracker, which receives a copy of the metrics.
 
     Attributes:
-      continued: whether it has the metrics of the run so far. Records that a killed run wrote after
-        its last checkpoint are not sent again, because no tracker can remove a record.
+      continued: whether the tracker already has the previous metrics of the run. If so, records
+        that a killed run wrote after its last checkpoint are not sent again, because trackers
+        cannot remove records.
     """
 
     continued: bool
@@ -91,19 +93,19 @@ TRACKERS: Registry[TrackerMaker | None] = Registry(none=None, wandb=Wandb, track
 
 
 def check_tracker(value: object) -> str:
-    """Return the error of a value of config.tracker, '' for an installed tracker."""
+    """Return a description of valid values of config.tracker, or '' if the value is valid."""
     if not isinstance(value, str) or value not in TRACKERS:
         return f'one of the known trackers; {suggest(str(value), TRACKERS)}'
     is_package = value != 'none' and not is_reference(value)
     if is_package and importlib.util.find_spec(value) is None:
-        return f"its package, which is not installed. Try {suggest_install(value)}, or take 'none'"
+        return f"an installed package. Try {suggest_install(value)}, or config.tracker = 'none'"
     return ''
 
 
 def start_tracker(
     tracker_name: str, path: pathlib.Path, config: dict[str, object]
 ) -> Tracker | None:
-    """Return the tracker of a run directory, new or continued; None for 'none'."""
+    """Start the tracker of a new or resumed run; return None for the tracker 'none'."""
     make_tracker = TRACKERS[tracker_name]
     if make_tracker is None:
         return None

@@ -1,10 +1,10 @@
-"""Model FLOPs utilization: the share of the devices' peak that the model's products use.
+"""Model FLOPs utilization (MFU), the fraction of the peak FLOPs that the model's products use.
 
     MFU = model FLOPs per second / (devices · peak)
 
-Model FLOPs are those of the forward pass (`mi.counting.flops`), times 3 for an update, as the
-backward pass has two products for each one of the forward pass (Chowdhery et al., PaLM, 2022,
-appendix B). Recomputed activations and the optimizer count nothing.
+Model FLOPs count the forward pass (`mi.counting.flops`), times 3 for an update, because the
+backward pass has two products for each product of the forward pass (Chowdhery et al., PaLM, 2022,
+appendix B). Recomputed activations and the optimizer are not counted.
 """
 
 from collections.abc import Iterable, Mapping
@@ -38,11 +38,11 @@ PEAK_FLOPS: dict[str, float] = {
 
 
 class Meter:
-    """Measures the utilization of a run's devices.
+    """A meter of the utilization of a run's devices.
 
     Args:
-      flops: model FLOPs for each unit that is counted per second, such as a token.
-      devices: the devices of the run, in all processes.
+      flops: model FLOPs per unit of throughput, such as a token.
+      devices: devices of the run, in all processes.
     """
 
     def __init__(self, flops: float, devices: Iterable[jax.Device]):
@@ -50,7 +50,7 @@ class Meter:
         self._peaks = [PEAK_FLOPS.get(device.device_kind) for device in devices]
 
     def measure(self, units_per_second: float) -> dict[str, float]:
-        """Return {'mfu': share of the peak} for timing.jsonl; {} if a device's peak is unknown."""
+        """Return {'mfu': fraction of the peak} for timing.jsonl, or {} if a peak is unknown."""
         peaks = [peak for peak in self._peaks if peak is not None]
         if len(peaks) < len(self._peaks):
             return {}
@@ -58,5 +58,5 @@ class Meter:
 
 
 def format_rate(rate: str, timing: Mapping[str, float]) -> str:
-    """Return a rate for the progress line, with the utilization if `timing` has it."""
+    """Format a rate for the progress line, with the utilization if `timing` has it."""
     return f'{rate}, {timing["mfu"]:.1%} MFU' if 'mfu' in timing else rate

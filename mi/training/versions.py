@@ -1,9 +1,9 @@
-"""The environment of a run: versions, code, settings of JAX, device.
+"""The environment of a run: versions, code, settings of JAX, and device.
 
-versions.json   the environment of the first start; `continued` holds later changes
+versions.json   the environment at the first start; `continued` lists later changes
 
-Bit-equal results need an equal environment. A continued run is refused if a setting would change
-random numbers or precision; other changes print one warning.
+Bit-identical results need an identical environment. A resumed run is refused if a setting would
+change random numbers or precision. Other changes print one warning.
 """
 
 import functools
@@ -32,7 +32,7 @@ SETTINGS = (  # of jax.config; the environment variable of each is its name in c
 
 
 def describe_environment() -> Environment:
-    """Return versions, code, settings and device of this process."""
+    """Describe the versions, the code, the settings and the device of this process."""
     device = jax.devices()[0]
     return {
         'python': platform.python_version(),
@@ -47,14 +47,17 @@ def describe_environment() -> Environment:
 
 
 def compare(file: pathlib.Path, step: int | None) -> dict[str, object]:
-    """Return the new content of versions.json; warn on stderr about changes.
+    """Compare the environment with versions.json, and warn on stderr about changes.
 
     Args:
-      file: versions.json.
-      step: the step of the checkpoint that the run continues from; None for a new run.
+      file: path of versions.json.
+      step: step of the checkpoint from which the run continues; None for a new run.
+
+    Returns:
+      The new content of versions.json.
 
     Raises:
-      UserError: if a setting differs that would silently change the numbers.
+      UserError: if a setting differs that would silently change the results.
     """
     current = describe_environment()
     if step is None or not file.exists():
@@ -71,9 +74,9 @@ def compare(file: pathlib.Path, step: int | None) -> dict[str, object]:
     for setting_name in SETTINGS:
         if setting_name in previous and previous[setting_name] != current[setting_name]:
             raise UserError(
-                f'{setting_name} = {current[setting_name]!r}: {file.parent} was computed with '
-                f'{previous[setting_name]!r}, so its numbers would change. Set '
-                f'{setting_name.upper()}={previous[setting_name]}, or use another --workdir'
+                f'{setting_name} = {current[setting_name]!r}: expected {previous[setting_name]!r}, '
+                f'with which {file.parent} was started, because results would change. Try '
+                f'{setting_name.upper()}={previous[setting_name]}, or another --workdir'
             )
     if difference := describe_difference(previous, current):
         print(f'warning: {file.parent} is continued with another {difference}', file=sys.stderr)
@@ -93,7 +96,7 @@ def _installed_version(package: str) -> str | None:
 
 @functools.lru_cache
 def _describe_commit() -> Environment:
-    """Return the commit of this code, and whether files differ from it; None outside of Git."""
+    """Describe the commit of this code, and whether files differ from it; None outside Git."""
 
     def git(*arguments: str) -> str | None:
         command = ['git', '-C', str(pathlib.Path(__file__).parent), *arguments]

@@ -141,7 +141,7 @@ def test_an_affine_function_of_all_copies_is_that_of_x():
 @pytest.mark.parametrize(
     ('name', 'message'),
     [
-        ('optax.contrib:momo', 'update needs value too'),
+        ('optax.contrib:momo', 'update also needs value'),
         ('optax.contrib:dpsgd', 'has no l2_norm_clip and no noise_multiplier and no seed'),
         ('optax.contrib:schedule_free', 'has no base_optimizer'),
     ],
