@@ -1,4 +1,4 @@
-"""Report of a sweep: a page, tables and figures from its run directories.
+"""Reports on sweeps: a web page, tables and figures from the run directories.
 
 report.html   the page, in one file         table.csv         every digit
 curves        learning curves               table.md          for a README
@@ -7,9 +7,10 @@ pareto        cost against quality          tasks.csv         each task and seed
 tasks         each task                     draws.md          ranks in each set of seeds
                                             conclusions.txt   a sentence per comparison
 
-Figures are written as .png, .pdf and .svg. The files of tasks and of seed sets exist where there
-are several, pareto where there are costs, conclusions where there is a baseline. The terminal
-shows the conclusions, and five columns of the table. `mi.report.compare` compares two sweeps.
+Figures are written as .png, .pdf and .svg. Files of tasks and of seed sets are only written for
+several tasks or seed sets, pareto for known costs, and conclusions for a sweep with a baseline. The
+terminal shows the conclusions and five columns of the table. `mi.report.compare` compares two
+sweeps.
 """
 
 import os
@@ -37,14 +38,18 @@ from mi.training.progress import Work
 def write(
     workdir: str | os.PathLike[str], out: str | os.PathLike[str] | None = None
 ) -> list[pathlib.Path]:
-    """Write the report of a sweep or a single run, print a summary, and return the files.
+    """Write the report on a sweep or a single run, and print a summary.
 
     Args:
-      workdir: a sweep directory or a run directory; its runs may still be running.
-      out: the output directory; WORKDIR/report by default.
+      workdir: sweep directory or run directory, whose runs may still be in progress.
+      out: output directory; WORKDIR/report by default.
+
+    Returns:
+      The paths of the written files.
 
     Raises:
-      UserError: if workdir is neither, one of its files is malformed, or out is not writable.
+      UserError: if `workdir` is neither a sweep nor a run, if one of its files is malformed, or if
+        `out` is not writable.
     """
     # Read the runs and compute their intervals.
     with Work(f'reading {workdir}'):

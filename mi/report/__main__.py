@@ -1,9 +1,9 @@
-"""Command line of the report on one sweep, or of the comparison of two.
+"""Command line for the report on one sweep, or for the comparison of two sweeps.
 
 python -m mi.report --workdir=runs/quickstart [--out=DIR]: see mi.report.write
 python -m mi.report --baseline=runs/before --candidate=runs/after [--fail_on_worse] [--out=DIR]:
-    see mi.report.compare; with --fail_on_worse, exit code 1 if an arm is worse, has lost its
-    values, or has values on both sides and no verdict
+    see mi.report.compare; with --fail_on_worse, the exit code is 1 if an arm is worse, has lost
+    its values, or has values in both sweeps but no verdict
 """
 
 import sys
@@ -46,7 +46,7 @@ def main(argv: list[str]) -> None:
 
 
 def _exit_if_worse(comparisons: list[compare.ArmComparison]) -> None:
-    """Exit with an error if an arm is worse or cannot be judged."""
+    """Exit with an error if an arm is worse, or if it cannot be judged."""
     # Collect every reason, so that one run of the command shows them all.
     errors = []
     if worse := [comparison.label for comparison in comparisons if compare.is_worse(comparison)]:

@@ -14,14 +14,14 @@ from mi.report.statistics import Estimate, SignFlipTest
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """Robust statistics of the final scores of one arm, [seeds, tasks].
+    """Robust statistics of the final scores of one arm.
 
     Attributes:
-      tasks: their names; empty where there is one number per seed.
-      scores: [seeds, tasks].
-      has_separate_runs: whether each task has separate runs, which decides what is resampled.
-      median, iqm: as in `statistics`, with their intervals.
-      improvement: the probability that a seed beats a baseline seed on a task.
+      tasks: names of the tasks; empty if there is only one score per seed.
+      scores: final scores [seeds, tasks].
+      has_separate_runs: whether each task has separate runs, which determines how to resample.
+      median, iqm: estimates of `statistics.median` and `statistics.iqm`.
+      improvement: probability that a seed beats a baseline seed on a task.
     """
 
     tasks: tuple[str, ...]
@@ -34,21 +34,21 @@ class Summary:
 
 @dataclasses.dataclass(frozen=True)
 class ArmResult:
-    """The numbers of one arm in the table; None where there are none.
+    """Results of one arm, which form a row of the table; missing results are None.
 
     Attributes:
       arm: the arm.
-      final: the compared metric per seed, empty where the arm has no final record.
-      metric: mean of that metric.
-      difference: difference of the metric to the baseline, paired by seed.
-      test: test of that difference, corrected for the number of arms.
-      verdict: as in `statistics.judge`.
-      summary: summary of the scores of each seed, and of each task where there are several.
-      equal_time: mean of the curve when the fastest arm finished.
-      secondary: means of the other numbers in the final records, except those of single tasks.
-      seconds: training time.
-      rate: tokens, or environment steps, per second of training.
-      remarks: the reasons for missing numbers.
+      final: final value of the compared metric for each seed; empty without final records.
+      metric: mean of the metric over seeds.
+      difference: difference from the baseline, paired by seed.
+      test: test of the difference, corrected for the number of arms.
+      verdict: verdict of `statistics.judge` on the difference.
+      summary: statistics of the final scores.
+      equal_time: mean of the learning curve at the time when the fastest arm finished.
+      secondary: means of the other metrics in the final records, except those of single tasks.
+      seconds: training time in seconds.
+      rate: tokens or environment steps per second of training.
+      remarks: reasons for missing results.
     """
 
     arm: Arm
@@ -66,19 +66,19 @@ class ArmResult:
 
     @property
     def task_summary(self) -> Summary | None:
-        """The summary if it covers several tasks, otherwise None."""
+        """The summary if it covers several tasks; None otherwise."""
         return self.summary if self.summary is not None and self.summary.tasks else None
 
 
 class Finals(NamedTuple):
-    """The final values of an arm, {seed: value}."""
+    """Final values of an arm, {seed: value}."""
 
     arm: Arm
     values: dict[int, float]
 
 
 def compute_results(sweep: Sweep) -> list[ArmResult]:
-    """Return a row per arm, in the order of the sweep; an arm without numbers has a row too."""
+    """Compute the results of every arm, including arms without values, in the sweep's order."""
     # Every arm is compared with the finite values of the baseline.
     baseline_arm = next((arm for arm in sweep.arms if arm.label == sweep.baseline), None)
     baseline = None
@@ -101,7 +101,7 @@ def compute_results(sweep: Sweep) -> list[ArmResult]:
 def find_equal_time(sweep: Sweep) -> float | None:
     """Return the training seconds of the fastest arm, at which all arms are compared.
 
-    None unless there are several comparable arms, and all are done and timed.
+    The result is None unless there are several comparable arms, all of which are done and timed.
     """
     arms = [arm for arm in sweep.arms if sweep.is_comparable(arm)]
     arm_seconds = [arm.training_seconds()[1] for arm in arms]
@@ -148,7 +148,7 @@ def _explain_missing(
     mean: Estimate | None,
     difference: Estimate | None,
 ) -> list[str]:
-    """Return a remark for each number that is missing or covers fewer seeds."""
+    """Return a remark for each result that is missing or covers fewer seeds."""
     arm, values = finals
     num_baseline_seeds = 0 if baseline is None else len(baseline.values)
     remarks = []
@@ -170,7 +170,7 @@ def _explain_missing(
 
 
 def _average_secondary(sweep: Sweep, arm: Arm) -> dict[str, float]:
-    """Return the means over seeds of the other metrics, except those of single tasks."""
+    """Average the other metrics over seeds, except those of single tasks."""
     averages = {}
     for metric_name in arm.metric_names(sweep.split):
         values = arm.finite_values(metric_name, sweep.split).values()
@@ -181,7 +181,7 @@ def _average_secondary(sweep: Sweep, arm: Arm) -> dict[str, float]:
 
 
 def _estimate_at(sweep: Sweep, arm: Arm, seconds: float | None) -> Estimate | None:
-    """Estimate the last point of the curve that the arm reached within the given seconds."""
+    """Estimate the last point of the learning curve that an arm reached within `seconds`."""
     steps, values = arm.curve(sweep.metric, sweep.curves)
     timed_steps, elapsed = arm.training_seconds()
     if seconds is None or not len(steps) or not sweep.is_comparable(arm):
@@ -218,9 +218,10 @@ def _estimate_mean(sweep: Sweep, finals: Finals) -> Estimate | None:
 def compare_finals(
     sweep: Sweep, finals: Finals, baseline: Finals | None
 ) -> tuple[Estimate | None, SignFlipTest | None]:
-    """Return the difference to the baseline and its test, paired by seed, or by task and seed.
+    """Estimate and test the difference from the baseline, paired by seed, or by task and seed.
 
-    Both are None without a baseline, and where the two learned different tasks in separate runs.
+    Both results are None without a baseline, or if the arms learned different tasks in separate
+    runs.
     """
     if baseline is None or set(finals.arm.tasks) != set(baseline.arm.tasks):
         return None, None
@@ -255,7 +256,7 @@ def compare_finals(
 
 
 def describe_task_mismatch(tasks: Sequence[str], expected: Sequence[str]) -> str:
-    """Return words for the difference between the tasks of an arm and the expected ones."""
+    """Describe how the tasks of an arm differ from the expected tasks."""
     if set(tasks) < set(expected):
         return f'{len(tasks)} of {len(expected)} tasks'
     return 'other tasks'
@@ -286,7 +287,7 @@ def _summarize_scores(sweep: Sweep, arm: Arm, baseline: Arm | None) -> Summary |
 
 
 def _final_scores(sweep: Sweep, arm: Arm) -> tuple[tuple[str, ...], np.ndarray]:
-    """Return tasks and scores [seeds, tasks]; () and [seeds, 1] for fewer than two tasks."""
+    """Return tasks and scores [seeds, tasks], or () and [seeds, 1] for fewer than two tasks."""
     tasks, scores = arm.scores(sweep.metric, sweep.split)
     final = arm.finite_values(sweep.metric, sweep.split)
     if final and len(tasks) > 1:

@@ -1,4 +1,4 @@
-"""The sides of a comparison: an arm with the records of its seeds, and a sweep of arms."""
+"""Arms, which have the records of their seeds, and sweeps, which compare arms."""
 
 import dataclasses
 import math
@@ -12,19 +12,19 @@ from mi.report.records import Record, is_number
 
 @dataclasses.dataclass(frozen=True)
 class Arm:
-    """One side of a comparison: a run directory with all its seeds.
+    """One arm of a comparison: a run directory with all its seeds.
 
     Attributes:
-      label: name of the arm in tables and figures; unique in a sweep.
-      state: phase of the run, see `mi.training.run_state`; 'waiting' if it has no run directory.
-      reason: why it failed, died, was stopped or is waiting.
-      seeds: the seeds that the config asks for, whether they have finished or not.
-      overrides: the differences that sweep.json declares, {dotted key: value}.
-      config, cost, status: the JSON files, empty where absent.
-      metrics, timing: the records, in file order.
-      tasks: the tasks of its runs if each run learned one; empty where each agent learns all tasks.
-      environments: of each run, versions, commit and device at its last start, and 'data', the hash
-        of its tokens; as far as they are known.
+      label: name of the arm in tables and figures, unique in a sweep.
+      state: phase of the run, see `mi.training.run_state`; 'waiting' without a run directory.
+      reason: reason why the run failed, died, was stopped or is waiting.
+      seeds: all seeds in the config, whether they have finished or not.
+      overrides: config changes that sweep.json declares, {dotted key: value}.
+      config, cost, status: contents of the JSON files; empty if a file is missing.
+      metrics, timing: records in file order.
+      tasks: tasks of the runs if each run learned one task; empty if each agent learns all tasks.
+      environments: known versions, commit and device of each run at its last start, and 'data', the
+        hash of its tokens.
     """
 
     label: str
@@ -42,7 +42,7 @@ class Arm:
 
     @property
     def has_separate_runs(self) -> bool:
-        """Whether separate runs learned its several tasks, rather than one agent all of them."""
+        """Whether separate runs learned several tasks, instead of one agent that learned all."""
         return len(self.tasks) > 1
 
     def metric_names(self, split: str) -> list[str]:
@@ -54,10 +54,10 @@ class Arm:
         return [name for name in names if name not in ('step', 'seed')]
 
     def values_by_seed(self, metric: str, split: str) -> dict[int, dict[int, float]]:
-        """Return {seed: {step: value}}, both sorted; the last record of a repeated step counts.
+        """Return {seed: {step: value}} with sorted keys; the last record of a repeated step counts.
 
-        Runs write null for values that are not finite. They are NaN here instead of absent;
-        otherwise a seed that diverged would be scored by its last finite value.
+        Runs write null for non-finite values. These become NaN here, because a seed that diverged
+        would otherwise be scored by its last finite value.
         """
         values: dict[int, dict[int, float]] = {}
         for record in self.metrics:
@@ -68,10 +68,10 @@ class Arm:
         return {seed: dict(sorted(values[seed].items())) for seed in sorted(values)}
 
     def final_values(self, metric: str, split: str) -> dict[int, float]:
-        """Return {seed: value} at the end of training; empty before the end.
+        """Return {seed: value} at the end of training, or {} before the end.
 
-        The test split is recorded once, at the end, so any test record is final. Other splits are
-        recorded during training; their last record is final once the run is done.
+        Any record of the test split is final, because the split is only recorded at the end. The
+        last record of any other split is final once the run is done.
         """
         if split != 'test' and self.state != 'done':
             return {}
@@ -79,12 +79,12 @@ class Arm:
         return {seed: values[max(values)] for seed, values in values_by_seed.items()}
 
     def finite_values(self, metric: str, split: str) -> dict[int, float]:
-        """Return `final_values`; {} if one is not finite, as a mean of the others is biased."""
+        """Return `final_values`, or {} if any is not finite, because the mean would be biased."""
         values = self.final_values(metric, split)
         return values if all(map(math.isfinite, values.values())) else {}
 
     def curve(self, metric: str, split: str) -> tuple[np.ndarray, np.ndarray]:
-        """Return steps [N] and values [seeds, N], at the steps that every recorded seed has."""
+        """Return the steps [N] that all recorded seeds share, and the values [seeds, N]."""
         seed_values = list(self.values_by_seed(metric, split).values())
         steps = sorted(set.intersection(*map(set, seed_values))) if seed_values else []
         values = np.array([[values[step] for step in steps] for values in seed_values], float)
@@ -93,14 +93,14 @@ class Arm:
     def scores(
         self, metric: str, split: str, step: int | None = None
     ) -> tuple[tuple[str, ...], np.ndarray]:
-        """Return the tasks and [seeds, tasks] of the metrics `metric/TASK`.
+        """Return the tasks and the scores [seeds, tasks] of the metrics `metric/TASK`.
 
-        Seeds that are not finite in every task are left out.
+        Seeds without a finite score in every task are omitted.
 
         Args:
-          metric: the prefix of the metrics.
-          split: the split of the records.
-          step: the step of the records; None for the final values.
+          metric: prefix of the metrics.
+          split: split of the records.
+          step: step of the records; None for the final values.
         """
         # The columns are the metrics of single tasks; the rows are the seeds that have all of them.
         prefix = f'{metric}/'
@@ -123,16 +123,16 @@ class Arm:
         return tasks if len(scores) else (), scores
 
     def training_seconds(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return steps [M] and the training seconds up to each of them [M].
+        """Return steps [M], and the training seconds up to each step [M].
 
-        A resumed run repeats steps; the last record of a step counts.
+        A resumed run repeats steps, in which case the last record of a step counts.
         """
         step_seconds = {record['step']: float(record['seconds']) for record in self.timing}
         steps = sorted(step_seconds)
         return np.array(steps, int), np.cumsum([step_seconds[step] for step in steps])
 
     def throughput(self, unit: str) -> float | None:
-        """Return the mean tokens or steps per second over all training, weighted by duration."""
+        """Return the mean number of tokens or steps per second, weighted by duration."""
         column = f'{unit}s_per_second'
         timed_records = {
             record['step']: record for record in self.timing if is_number(record.get(column))
@@ -157,24 +157,24 @@ class Arm:
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-    """A comparison; a single run is a sweep of one arm without a baseline.
+    """A comparison of arms; a single run is a sweep of one arm without a baseline.
 
     Attributes:
-      path: the sweep directory.
-      title: the heading of the report.
-      metric, split: the compared number, in the last record of that split. It may be
-        'package.module:function', which reading a sweep has added to its records.
-      curves: the split of the learning curves.
-      lower_is_better: the direction of the metric.
-      baseline: the label of the arm that the others are compared with, if there is one.
+      path: sweep directory.
+      title: heading of the report.
+      metric, split: name of the compared metric, and the split in whose last record it is. The name
+        may be 'package.module:function', a metric that the reader has added to the records.
+      curves: split of the learning curves.
+      lower_is_better: direction of the metric.
+      baseline: label of the arm with which the others are compared; None if there is none.
       arms: the arms, in the order of sweep.json.
-      notes: remarks of the sweep's author.
-      command: the command that launched the sweep.
-      warnings: messages on skipped content, one line each.
-      seed_sets: the sets of two or more seeds with which every arm was trained, one run per set;
-        empty unless there are several.
-      problems: keys of overrides; arms that differ in one of them learn different problems and are
-        not ranked with each other.
+      notes: remarks by the author of the sweep.
+      command: command that launched the sweep.
+      warnings: messages about skipped content, one line each.
+      seed_sets: sets of two or more seeds with which every arm was trained, one run per set; empty
+        unless there are several sets.
+      problems: keys of overrides. Arms that differ in one of them learn different problems and are
+        not ranked together.
     """
 
     path: pathlib.Path
@@ -192,7 +192,7 @@ class Sweep:
     problems: tuple[str, ...] = ()
 
     def group_by_problem(self) -> dict[str, list[Arm]]:
-        """Return the arms of each problem, in order; all under '' where there is only one."""
+        """Group the arms by problem, in order; a single problem has the name ''."""
         groups: dict[str, list[Arm]] = {}
         for arm in self.arms:
             problem = ', '.join(
@@ -203,20 +203,20 @@ class Sweep:
 
     @property
     def tasks(self) -> tuple[str, ...]:
-        """The tasks an arm must have learned to be compared, where each task has separate runs.
+        """The tasks that an arm must have learned to be compared, if each task has separate runs.
 
-        These are the tasks of the baseline; without one, all tasks of the sweep.
+        These are the tasks of the baseline or, without a baseline, all tasks of the sweep.
         """
         baseline_tasks = [arm.tasks for arm in self.arms if arm.label == self.baseline]
         all_tasks = (task for arm in self.arms for task in arm.tasks)
         return baseline_tasks[0] if baseline_tasks else tuple(dict.fromkeys(all_tasks))
 
     def is_comparable(self, arm: Arm) -> bool:
-        """Return whether an arm has the tasks of the sweep, over which means are comparable."""
+        """Return whether an arm has all tasks of the sweep, so that its means are comparable."""
         return set(arm.tasks) == set(self.tasks)
 
     def describe_excluded(self) -> str:
-        """Return a note on the arms that a table leaves out: not done or not finite; '' if none."""
+        """Describe the arms that a table omits because they are not done or not finite."""
         unfinished = [f'{arm.label} ({arm.state})' for arm in self.arms if arm.state != 'done']
         diverged = [
             arm.label
@@ -231,7 +231,7 @@ class Sweep:
 
     @property
     def metric_title(self) -> str:
-        """The metric in words: 'bits per byte', and 'best return' for my.metrics:best_return."""
+        """The metric in words, such as 'best return' for my.metrics:best_return."""
         name = self.metric.rpartition(':')[2] if is_reference(self.metric) else self.metric
         return name.replace('_', ' ')
 

@@ -1,7 +1,7 @@
-"""Comparison of two sweeps: what improved or got worse from one commit or config to another.
+"""Comparison of two sweeps, which shows the effect of a new commit or config.
 
-Arms are matched by label, their values by the seeds that both have. Two single runs are matched
-whatever their names are. Both sweeps must have the same metric, split and direction.
+Arms are matched by label, and their values by the seeds that both sweeps have. Two single runs are
+matched regardless of their names. Both sweeps must have the same metric, split and direction.
 """
 
 import dataclasses
@@ -19,15 +19,15 @@ from mi.report.tables import Cell, Column, Table, Terminal
 
 @dataclasses.dataclass(frozen=True)
 class ArmComparison:
-    """An arm of both sweeps, or of one of them.
+    """Comparison of an arm in two sweeps, or an arm that only one of them has.
 
     Attributes:
       label: label of the arm.
-      baseline, candidate: rows of the arm in the two sweeps; None where a sweep has no such arm.
+      baseline, candidate: results of the arm in the two sweeps; None if a sweep lacks the arm.
       difference: candidate − baseline, paired by seed.
       test: test of the difference, corrected for the number of arms that are not equal.
-      verdict: better, worse, no difference seen; equal where every seed has the same bits; lost
-        where only the baseline has values; None where there is nothing to compare.
+      verdict: 'better', 'worse' or 'no difference seen'; 'equal' if every seed has the same bits;
+        'lost' if only the baseline has values; None if there is nothing to compare.
     """
 
     label: str
@@ -50,14 +50,15 @@ def compare_sweeps(
     candidate: str | os.PathLike[str],
     out: str | os.PathLike[str] | None = None,
 ) -> list[ArmComparison]:
-    """Compare two sweeps, print the differences and write compare.md.
+    """Compare two sweeps, print the differences, and write compare.md.
 
     Args:
       baseline, candidate: sweep or run directories.
-      out: the directory of compare.md; CANDIDATE/report by default.
+      out: directory of compare.md; CANDIDATE/report by default.
 
     Raises:
-      UserError: if they cannot be read, measure different things, or out is not writable.
+      UserError: if a sweep cannot be read, if the sweeps measure different things, or if `out` is
+        not writable.
     """
     # Read both sweeps and match their arms.
     sweeps = Sweeps(
@@ -69,7 +70,7 @@ def compare_sweeps(
         if actual != expected:
             raise UserError(
                 f'--candidate={candidate}: {field_name} = {actual!r}: expected {expected!r}, as '
-                'in the baseline. Compare sweeps that measure the same'
+                'in the baseline. Compare sweeps with the same metric, split and direction'
             )
     comparisons = compare_arms(*sweeps)
     table = _make_table(sweeps.candidate, comparisons)
@@ -97,7 +98,7 @@ def compare_sweeps(
 
 
 def compare_arms(baseline: Sweep, candidate: Sweep) -> list[ArmComparison]:
-    """Return a comparison for every arm of either sweep, in the order of the baseline."""
+    """Compare every arm of either sweep, in the order of the baseline."""
     baseline_results, candidate_results = (
         {result.arm.label: result for result in analysis.compute_results(sweep)}
         for sweep in (baseline, candidate)
@@ -135,12 +136,12 @@ def _compare_arm(
 
 
 def is_worse(comparison: ArmComparison) -> bool:
-    """Return whether the candidate is worse beyond the interval, or has lost its values."""
+    """Return whether the verdict is 'worse' or 'lost'."""
     return comparison.verdict in ('worse', 'lost')
 
 
 def explain_missing_verdict(comparison: ArmComparison) -> str:
-    """Explain a missing verdict when both sides have values; return '' otherwise."""
+    """Explain why there is no verdict although both sweeps have values; return '' otherwise."""
     if comparison.verdict or not (
         comparison.baseline and comparison.candidate and comparison.baseline.metric
     ):
@@ -219,7 +220,7 @@ def _make_columns(sweep: Sweep, comparisons: list[ArmComparison]) -> list[Column
 
 
 def _cost_cell(comparison: ArmComparison, quantity: str) -> Cell:
-    """Return the ratio of the costs, candidate over baseline."""
+    """Return a cell with the ratio of the costs, candidate over baseline."""
     baseline, candidate = (
         _get_cost(result, quantity) for result in (comparison.baseline, comparison.candidate)
     )

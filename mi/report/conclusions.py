@@ -1,4 +1,4 @@
-"""The conclusions of a sweep: one sentence per arm that is compared with the baseline."""
+"""Conclusions of a sweep, with one sentence for each arm compared with the baseline."""
 
 import dataclasses
 
@@ -9,9 +9,9 @@ from mi.report.statistics import Estimate, SignFlipTest
 
 
 def write_conclusions(sweep: Sweep, results: list[ArmResult]) -> list[str]:
-    """Return a sentence for each arm whose difference to the baseline is known.
+    """Write a sentence for each arm whose difference from the baseline is known.
 
-    A comparison is settled if its p, corrected for the number of arms, is at most 0.05:
+    A comparison is settled if its p-value, corrected for the number of arms, is at most 0.05:
 
         mi beats concat by 0.033 bits per byte, p = 0.008, 8 seeds.
         mi loses to concat by 0.12 success, p = 0.016, 8 seeds.
@@ -37,7 +37,7 @@ def _conclude(
     decimals: int,
     num_tests: int,
 ) -> str:
-    """Return the sentence of one arm."""
+    """Write the sentence for one arm."""
     seeds = _count_seeds(difference, test)
     if test is not None and test.p_holm <= statistics.ALPHA:
         is_better = (difference.mean < 0) == sweep.lower_is_better
@@ -56,7 +56,7 @@ def _conclude(
 
 
 def _count_seeds(difference: Estimate, test: SignFlipTest | None) -> str:
-    """Return the number of seeds in words; each may count once per task."""
+    """Describe the number of seeds, and of tasks per seed if they have separate runs."""
     num_seeds = difference.num_seeds
     seeds = f'{num_seeds} {"seed" if num_seeds == 1 else "seeds"}'
     if test is not None and test.pairs_per_seed > 1:
@@ -65,6 +65,6 @@ def _count_seeds(difference: Estimate, test: SignFlipTest | None) -> str:
 
 
 def _format_p(test: SignFlipTest) -> str:
-    """Return 'p = 0.016', or 'p < 0.001'."""
+    """Format a p-value, as in 'p = 0.016' or 'p < 0.001'."""
     p_value = statistics.format_p(test.p_holm)
     return f'p < {p_value[1:]}' if p_value.startswith('<') else f'p = {p_value}'

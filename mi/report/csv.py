@@ -1,4 +1,4 @@
-"""The table and the scores of single tasks as CSV, with every digit."""
+"""The table and the scores of single tasks as CSV, in full precision."""
 
 import csv
 import io
@@ -10,9 +10,9 @@ from mi.report.statistics import Estimate
 
 
 def to_csv(sweep: Sweep, results: list[ArmResult]) -> str:
-    """Return the table as CSV with every digit; a missing value is empty.
+    """Format the table as CSV in full precision, with empty cells for missing values.
 
-    A metric with the name of another column is called SPLIT/NAME.
+    A metric that has the same name as another column is renamed to SPLIT/NAME.
     """
     # The metrics come between the scores and the costs, whose columns are the same in every sweep.
     leading = [_csv_scores(sweep, result) for result in results]
@@ -64,10 +64,10 @@ def _csv_costs(sweep: Sweep, result: ArmResult) -> dict[str, object]:
 
 
 def tasks_to_csv(results: list[ArmResult]) -> str:
-    """Return the final scores as CSV, by arm, task and seed.
+    """Format the final scores as CSV, by arm, task and seed.
 
-    Seeds without a finite score in every task, and arms with fewer than two tasks, are left out;
-    `number` counts the remaining seeds from 0.
+    Arms with fewer than two tasks are omitted, and so are seeds without a finite score in every
+    task. The column `number` counts the remaining seeds from 0.
     """
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator='\n')

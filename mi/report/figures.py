@@ -1,4 +1,4 @@
-"""The figures of a report: learning curves with bands, final values, cost, single tasks."""
+"""The figures of a report: learning curves, final values, costs and single tasks."""
 
 import pathlib
 from typing import NamedTuple
@@ -23,7 +23,7 @@ COSTS = {'parameters': 'parameters', 'flops': 'FLOPs per {unit}', 'seconds': 'tr
 def draw_figures(
     sweep: Sweep, results: list[ArmResult], out: pathlib.Path
 ) -> tuple[list[pathlib.Path], list[str]]:
-    """Write each figure in every format; return the files and remarks."""
+    """Draw all figures in every format, and return the paths of the files and remarks."""
     remarks: list[str] = []
     paths = []
     with matplotlib.rc_context(plots.STYLE):
@@ -38,19 +38,19 @@ def draw_figures(
 
 
 def web_styles(sweep: Sweep) -> list[tuple[str, str]]:
-    """Return color and dashes of each arm for SVG, the same on the page as in the figures."""
+    """Return the color and the SVG dashes of each arm, which match those of the figures."""
     return [(style.color, WEB_DASHES[DASHES.index(style.dashes)]) for style in _arm_styles(sweep)]
 
 
 def _arm_styles(sweep: Sweep) -> list[Style]:
-    """Return the style of each arm, the same in every figure; the baseline is grey."""
+    """Return the style of each arm, which all figures share; the baseline is grey."""
     labels = [arm.label for arm in sweep.arms if arm.label != sweep.baseline]
     styles = {label: plots.make_style(arm_index) for arm_index, label in enumerate(labels)}
     return [styles.get(arm.label, Style(GREY, '-', 'o')) for arm in sweep.arms]
 
 
 class Curve(NamedTuple):
-    """A learning curve [N] with its band, which equals the curve for one seed."""
+    """A learning curve [N] with its band, which is the curve itself for a single seed."""
 
     steps: np.ndarray
     mean: np.ndarray
@@ -59,7 +59,7 @@ class Curve(NamedTuple):
 
 
 def make_curve(sweep: Sweep, arm: Arm) -> Curve | None:
-    """Return the curve of an arm at the steps where all seeds are finite; None without any."""
+    """Return the curve of an arm at the steps where all seeds are finite, or None."""
     steps, values = arm.curve(sweep.metric, sweep.curves)
     is_finite = np.isfinite(values).all(axis=0)
     if not is_finite.any():
@@ -71,7 +71,7 @@ def make_curve(sweep: Sweep, arm: Arm) -> Curve | None:
 
 
 def seconds_at(arm: Arm, steps: np.ndarray) -> np.ndarray | None:
-    """Return the training seconds up to each step; None if they were not recorded."""
+    """Return the training seconds up to each step, or None if they were not recorded."""
     timed_steps, seconds = arm.training_seconds()
     if not len(timed_steps):
         return None
@@ -79,7 +79,7 @@ def seconds_at(arm: Arm, steps: np.ndarray) -> np.ndarray | None:
 
 
 def _draw_curves(sweep: Sweep, remarks: list[str]) -> Figure:
-    """Draw the metric over steps and over seconds, a line and a band per arm."""
+    """Draw the metric over steps and over seconds, with a line and a band for each arm."""
     figure = Figure(figsize=(WIDTH, _fit_legend(2.4, len(sweep.arms))), layout='constrained')
     step_axes, time_axes = figure.subplots(1, 2, sharey=True)
     labels = plots.shorten_labels(arm.label for arm in sweep.arms)
@@ -134,7 +134,7 @@ def _draw_curves(sweep: Sweep, remarks: list[str]) -> Figure:
 
 
 def _draw_curve(axes: Axes, x: np.ndarray, curve: Curve, style: Style) -> Artist:
-    """Draw a curve and its band; return the line."""
+    """Draw a curve with its band, and return the line."""
     marker = '.' if len(curve.steps) == 1 else ''
     (handle,) = axes.plot(x, curve.mean, color=style.color, ls=style.dashes, lw=1.2, marker=marker)
     if curve.low is not curve.mean:
@@ -143,10 +143,10 @@ def _draw_curve(axes: Axes, x: np.ndarray, curve: Curve, style: Style) -> Artist
 
 
 def _later_half_limits(curves: list[Curve]) -> tuple[float, float]:
-    """Return limits of y for the later half of training, so that the ends of the lines separate.
+    """Return y limits for the later half of training, so that final differences are visible.
 
-    Early losses are so large that they would hide the differences at the end. Where they are not,
-    that is, up to twice the range of the later half, the limits cover all of training.
+    Early losses are often so large that they would hide these differences. If all of training has
+    at most twice the range of the later half, the limits cover all of it.
     """
 
     def limits_since(step: float) -> tuple[float, float]:
@@ -167,7 +167,10 @@ def _later_half_limits(curves: list[Curve]) -> tuple[float, float]:
 
 
 def _draw_finals(sweep: Sweep, results: list[ArmResult]) -> Figure:
-    """Draw a line per arm: a point per seed, a bar at the mean, its interval; dashed: baseline."""
+    """Draw the seeds of each arm as points, with their mean and interval.
+
+    A dashed line marks the baseline.
+    """
     figure = Figure(figsize=(WIDTH, 0.75 + 0.28 * len(results)), layout='constrained')
     axes = figure.subplots()
     for y, (result, style) in enumerate(zip(results, _arm_styles(sweep), strict=True)):
@@ -205,7 +208,7 @@ def _draw_finals(sweep: Sweep, results: list[ArmResult]) -> Figure:
 
 
 def list_costs(sweep: Sweep, result: ArmResult) -> dict[str, float | None]:
-    """Return the costs of an arm, keyed as COSTS; all None if it is not comparable."""
+    """Return the costs of an arm by the keys of COSTS; all are None if it is not comparable."""
     if not sweep.is_comparable(result.arm):
         return dict.fromkeys(COSTS)
     return {
@@ -216,7 +219,7 @@ def list_costs(sweep: Sweep, result: ArmResult) -> dict[str, float | None]:
 
 
 class _Point(NamedTuple):
-    """An arm in the figure of cost against quality."""
+    """An arm in the figure that shows cost against quality."""
 
     label: str
     metric: Estimate
@@ -225,7 +228,10 @@ class _Point(NamedTuple):
 
 
 def _draw_pareto(sweep: Sweep, results: list[ArmResult]) -> Figure | None:
-    """Draw the final metric against each cost that all comparable arms have; None without any."""
+    """Draw the final metric against each cost that is known for all comparable arms.
+
+    Return None if there is no such cost, or if there are fewer than two arms.
+    """
     points = [
         _Point(result.arm.label, result.metric, style, list_costs(sweep, result))
         for result, style in zip(results, _arm_styles(sweep), strict=True)
@@ -251,7 +257,7 @@ def _draw_pareto(sweep: Sweep, results: list[ArmResult]) -> Figure | None:
 def _draw_cost(
     axes: Axes, points: list[_Point], cost_name: str, lower_is_better: bool
 ) -> list[Artist]:
-    """Draw the metric against one cost; return the markers of the points."""
+    """Draw the metric against one cost, and return the markers of the points."""
     # A dashed line passes through the arms that no other arm beats in both.
     costs = [point.costs[cost_name] or 0 for point in points]
     sign = 1 if lower_is_better else -1
@@ -284,7 +290,7 @@ def _draw_cost(
 
 
 def _draw_tasks(sweep: Sweep, results: list[ArmResult]) -> Figure:
-    """Draw a line per task and a point per arm, with tasks sorted by the mean over arms."""
+    """Draw a row for each task with a point for each arm, sorted by the mean over arms."""
     means_by_task: dict[str, dict[str, float]] = {}  # {task: {arm: mean}}
     for result in results:
         if result.task_summary is not None:
@@ -338,5 +344,5 @@ def _write_placeholder(axes: Axes, placeholder: str) -> None:
 
 
 def _fit_legend(height: float, num_entries: int) -> float:
-    """Return the inches, at least `height`, of a figure that a legend beside it fits into."""
+    """Return a figure height in inches, at least `height`, that fits a legend beside the axes."""
     return max(height, 0.15 * num_entries + 0.1)

@@ -1,4 +1,4 @@
-"""The folder that a report is written to."""
+"""The output folder of a report."""
 
 import contextlib
 import pathlib
@@ -9,7 +9,7 @@ from mi.config import UserError
 
 @contextlib.contextmanager
 def output_folder(folder: pathlib.Path) -> Iterator[None]:
-    """Create a folder and turn failures to write into it into errors about --out.
+    """Create a folder, and convert failures to write to it into errors about --out.
 
     Raises:
       UserError: if the folder cannot be created or written to.
@@ -18,4 +18,4 @@ def output_folder(folder: pathlib.Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         yield
     except OSError as error:
-        raise UserError(f'--out={folder}: {error.strerror}. Use another directory') from error
+        raise UserError(f'--out={folder}: {error.strerror}. Try another directory') from error

@@ -1,7 +1,7 @@
-"""The page: one file that fetches nothing, in which all text from runs is escaped.
+"""The web page of a report: a single HTML file without external resources.
 
 The HTML contains the tables. page.js sorts them, and draws the figures from numbers that are
-embedded as JSON. page.css has a light and a dark color scheme.
+embedded as JSON. page.css has a light and a dark color scheme. All text from runs is escaped.
 """
 
 import json
@@ -23,12 +23,12 @@ MAX_POINTS = 500  # largest number for a curve on the page; the figures for a pa
 
 
 def render_page(sweep: Sweep, results: list[ArmResult], notes: list[str]) -> str:
-    """Return the HTML document.
+    """Render the HTML document.
 
     Args:
       sweep: the sweep.
-      results: the results of its arms.
-      notes: shown below the table.
+      results: results of the arms of the sweep.
+      notes: notes to show below the table.
     """
     # The sections of the page; the warning about too few seeds moves from the notes to the top.
     warning = statistics.warn_too_few_seeds([result.test for result in results])
@@ -131,7 +131,7 @@ def _round_values(values: np.ndarray) -> list[float]:
 
 
 def _introduce(sweep: Sweep) -> str:
-    """Return a sentence on what is compared."""
+    """Return a sentence that introduces the comparison."""
     metric = f'{sweep.metric_title} of the {sweep.split} split'
     if len(sweep.arms) == 1:
         return f'One run, {metric}.'
@@ -177,7 +177,7 @@ def _results_table(sweep: Sweep, results: list[ArmResult]) -> str:
 
 
 def _verdict_class(result: ArmResult, cell: Cell) -> str:
-    """Return the color class of a verdict; none where no difference could be significant."""
+    """Return the color class of a verdict, or '' if no difference could be significant."""
     if result.test is None or not result.test.can_be_significant:
         return ''
     return {'better': 'good', 'worse': 'bad'}.get(cell.main, '')
@@ -189,14 +189,14 @@ def _class_attribute(*class_names: str) -> str:
 
 
 def _data_attribute(value: float | None, name: str = 'value') -> str:
-    """Return the attribute that a cell is sorted by; empty for None, which comes last."""
+    """Return the attribute by which a cell is sorted; it is empty for None, which comes last."""
     return f' data-{name}="{"" if value is None else repr(float(value))}"'
 
 
 def _scrolling_table(
     header: str, table_rows: Iterable[str], classes: str, name: str, attributes: str = ''
 ) -> str:
-    """Return a table that scrolls sideways where the window is narrower."""
+    """Return a table that scrolls sideways if the window is narrower."""
     return (
         f'<div class="wide" tabindex="0" role="region" aria-label="{escape(name)}">'
         f'<table class="{classes}"{attributes}>\n<thead>{header}</thead>\n<tbody>\n'
@@ -219,7 +219,7 @@ def _note_list(notes: Iterable[str]) -> str:
 
 
 def _chart(name: str, label: str, caption: str, has_bar: bool = False) -> str:
-    """Return a figure that page.js fills; `label` describes it to screen readers."""
+    """Return an empty figure that page.js fills; `label` describes it to screen readers."""
     toolbar = f'<div class="bar" id="{name}-bar"></div>' if has_bar else ''
     return (
         f'<figure>{toolbar}'
@@ -284,7 +284,7 @@ def _describe_finals(sweep: Sweep, results: list[ArmResult]) -> str:
 
 
 def _tasks_section(sweep: Sweep, results: list[ArmResult]) -> str:
-    """Return a table with a row per task and a column per arm, sorted by the mean over arms."""
+    """Return a table of tasks and arms, with tasks sorted by the mean over arms."""
     # Compute {arm: {task: mean}} and the order of the tasks.
     means: dict[str, dict[str, float]] = {}
     for result in results:
@@ -336,7 +336,7 @@ def _capitalize(text: str) -> str:
 
 
 def _config_table(sweep: Sweep) -> str:
-    """Return the config keys in which any arm differs from the baseline, or from the first arm."""
+    """Return a table of the config keys in which arms differ from the baseline or first arm."""
     baseline = next((arm for arm in sweep.arms if arm.label == sweep.baseline), sweep.arms[0])
     reference = flatten(baseline.config)
     settings = {arm.label: _flatten_config(arm, reference) for arm in sweep.arms}
@@ -373,7 +373,7 @@ def _config_table(sweep: Sweep) -> str:
 
 
 def _flatten_config(arm: Arm, reference: Mapping[str, object]) -> dict[str, object]:
-    """Return the config of an arm; until it has one, the reference with its overrides."""
+    """Return the flat config of an arm, or the reference with its overrides if it has none yet."""
     return flatten(arm.config) or {**reference, **arm.overrides}
 
 
@@ -386,7 +386,7 @@ def _format_setting(settings: Mapping[str, object], config_key: str) -> str:
 
 
 def _breakable(config_key: str) -> str:
-    """Return a dotted key that may break after its dots."""
+    """Allow line breaks after the dots of a dotted key."""
     return '<wbr>'.join(escape(segment) for segment in config_key.replace('.', '.\n').split('\n'))
 
 

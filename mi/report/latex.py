@@ -1,4 +1,4 @@
-"""The table for a paper, in LaTeX that every engine compiles, for any characters in names."""
+"""The table as LaTeX, which every engine compiles whatever characters names contain."""
 
 import re
 import textwrap
@@ -12,9 +12,9 @@ from mi.report.tables import Cell
 
 
 def to_latex(sweep: Sweep, results: list[ArmResult], notes: list[str]) -> str:
-    """Return a booktabs table, scaled down only if it is wider than the line.
+    """Format the results as a booktabs table, scaled down only if it is wider than a line.
 
-    The second line of a row has the details; the caption has the reasons of states.
+    The second line of a row shows details, and the caption explains the states of runs.
     """
     table = tables.make_table(sweep, results)
     body = [[*cells[:-1], Cell(cells[-1].main)] for cells in table.body]
@@ -31,7 +31,7 @@ def to_latex(sweep: Sweep, results: list[ArmResult], notes: list[str]) -> str:
 
 
 def describe_origin(sweep: Sweep) -> str:
-    """Return the commands that made the numbers of a sweep."""
+    """Return the commands that reproduce the numbers of a sweep."""
     origin = f'Made by python -m mi.report --workdir={sweep.path}'
     return f'{origin} from runs of: {sweep.command}' if sweep.command else origin
 
@@ -43,13 +43,13 @@ def format_latex(
     origin: str,
     best: Collection[int] = (),
 ) -> str:
-    """Return a booktabs table of any cells; the first column is left-aligned, others right.
+    """Format cells as a booktabs table, with all but the first column right-aligned.
 
     Args:
-      header: the cell of each column.
-      body: the cells of each row; a row with details has a second line for them.
-      caption: sentences.
-      origin: what made the numbers, for a comment.
+      header: header cell of each column.
+      body: cells of each row; details are shown on a second line.
+      caption: sentences of the caption.
+      origin: commands that produced the numbers, for a comment.
       best: indices of the rows whose second cell is bold.
     """
     # Write each row on one line, or on two if it has details.
@@ -91,7 +91,7 @@ def _small(detail: str) -> str:
 
 
 def _stack(cell: Cell) -> str:
-    """Break a header into narrow lines, so that the numbers set the width of the column."""
+    """Break a header into narrow lines, so that the numbers determine the column width."""
     header_lines = textwrap.wrap(cell.main, 12, break_long_words=False)
     stacked = r' \\ '.join(map(escape_latex, [*header_lines, *filter(None, [cell.detail])]))
     return rf'\shortstack[r]{{{stacked}}}'
@@ -131,7 +131,7 @@ ACCENTS = {
 
 
 def escape_latex(text: str) -> str:
-    """Return the text in LaTeX, on one line."""
+    """Escape a text for LaTeX, on one line."""
     escaped: list[str] = []
     for character in unicodedata.normalize('NFD', text):
         if character in ACCENTS and escaped:
@@ -144,7 +144,7 @@ def escape_latex(text: str) -> str:
 
 
 def _command(character: str) -> str:
-    """Return a character in LaTeX, or its number, [U+4E2D], if there is no command for it."""
+    """Return the LaTeX command for a character, or its code point, as in [U+4E2D]."""
     # Characters with a command of their own.
     if character.isascii():
         return ASCII.get(character, character if character.isprintable() else ' ')

@@ -1,4 +1,4 @@
-"""The notes below the table, which explain how to read it."""
+"""Notes that explain how to read the table."""
 
 from mi.registry import is_reference
 from mi.report import analysis, provenance, statistics, tables
@@ -7,7 +7,7 @@ from mi.report.arms import Sweep
 
 
 def make_notes(sweep: Sweep, results: list[ArmResult]) -> list[str]:
-    """Return the notes that belong below the table, in every format."""
+    """Make the notes to show below the table, for all formats."""
     # Explain the columns of scores, in their order.
     notes = [_seed_note(results)]
     if sweep.baseline is not None:

@@ -1,7 +1,7 @@
-"""Building blocks of figures for a paper of 5.5 inches: styles, ticks, labels and files.
+"""Building blocks of figures for papers with a text width of 5.5 inches.
 
-Matplotlib is used through its objects, never pyplot, so that it leaves no state behind in a process
-that trains. Equal input gives equal bytes.
+Matplotlib is used without pyplot, so that it leaves no global state in a process that trains. The
+same input always produces the same bytes.
 """
 
 import colorsys
@@ -65,9 +65,9 @@ logging.getLogger('fontTools').setLevel(logging.WARNING)
 
 
 def save(figure: Figure, out: pathlib.Path, figure_name: str) -> list[pathlib.Path]:
-    """Write NAME.png, .pdf and .svg and return their paths; call it within STYLE.
+    """Save a figure as .png, .pdf and .svg, and return the paths of the files.
 
-    The same figure gives the same bytes.
+    Call this function inside the context STYLE. The same figure always produces the same bytes.
     """
     paths = [out / f'{figure_name}.{extension}' for extension in METADATA]
     figure.draw_without_rendering()
@@ -79,7 +79,7 @@ def save(figure: Figure, out: pathlib.Path, figure_name: str) -> list[pathlib.Pa
 
 
 class Style(NamedTuple):
-    """The style of an arm, for lines and for points."""
+    """The style of an arm's lines and points."""
 
     color: str
     dashes: Dashes
@@ -87,10 +87,10 @@ class Style(NamedTuple):
 
 
 def make_style(arm_index: int) -> Style:
-    """Return the style of the arm with this number; no two arms have the same color.
+    """Return the style of an arm by its index; no two arms have the same color.
 
-    The palette comes first. Later rounds use shades of it, which are harder to tell apart, so each
-    round has its own dashes and markers too.
+    The first arms use the palette. Later rounds use shades of the palette, which are harder to
+    distinguish, so that each round also has its own dashes and markers.
     """
     palette_round, color_index = divmod(arm_index, len(PALETTE))
     color = PALETTE[color_index]
@@ -106,7 +106,7 @@ def make_style(arm_index: int) -> Style:
 
 
 def format_ticks(values: Sequence[float]) -> list[str]:
-    """Format numbers with a common unit prefix and distinct digits: 429.5k, 430.0k."""
+    """Format numbers with a common unit prefix and enough digits to differ: 429.5k, 430.0k."""
     # Choose the largest prefix that the smallest number allows.
     magnitudes = [abs(value) for value in values if value]
     if not magnitudes:
@@ -127,7 +127,7 @@ def format_ticks(values: Sequence[float]) -> list[str]:
 
 
 class Decades(Locator):
-    """Locator of a few ticks on a logarithmic axis, for many decades or a fraction of one."""
+    """Locator of a few ticks on a logarithmic axis, for any number of decades."""
 
     def __call__(self) -> Any:
         assert self.axis is not None
@@ -147,7 +147,7 @@ class Decades(Locator):
 
 
 class Ticks(Formatter):
-    """Formatter of distinct ticks on a linear axis, by `format_ticks`."""
+    """Formatter of distinct tick labels, which uses `format_ticks`."""
 
     def format_ticks(self, values: Sequence[float]) -> list[str]:
         return format_ticks(values)
@@ -157,17 +157,17 @@ class Ticks(Formatter):
 
 
 def set_round_ticks(axes: Axes, num_ticks: int, integer: bool) -> None:
-    """Set about `count` round ticks of x; integers where x counts something."""
+    """Set about `num_ticks` round ticks of the x axis, at integers only if `integer`."""
     locator = MaxNLocator(num_ticks, steps=[1, 2, 2.5, 5, 10], integer=integer)
     axes.xaxis.set_major_locator(locator)
     axes.xaxis.set_major_formatter(Ticks())
 
 
 def shorten_labels(texts: Iterable[str]) -> dict[str, str]:
-    """Return {text: label}; labels are short enough for a legend, on one line, and distinct.
+    """Return {text: label} with distinct one-line labels that are short enough for a legend.
 
-    A long text keeps both ends, which usually tell arms apart. Where they do not, it keeps what
-    follows the common beginning of the texts.
+    A long text keeps both ends, which usually distinguish arms. If they do not, the label starts
+    after the common beginning of the texts.
     """
     texts = list(dict.fromkeys(texts))
     labels = {text: _shorten(' '.join(text.split())) for text in texts}

@@ -1,7 +1,7 @@
-"""Where the runs of a sweep were computed: versions, commit, device, and the tokens.
+"""The environments of the runs in a sweep: versions, commit, device and tokens.
 
-A difference between two arms may come from their environments. The report names every such
-difference, and which arms have which value.
+A difference between two arms may be caused by their environments. The report lists every difference
+between environments, with the arms that have each value.
 """
 
 import pathlib
@@ -26,7 +26,7 @@ UNIMPORTANT = ('dirty', 'devices', 'jax_default_matmul_precision', 'data')  # un
 
 
 def read_environments(run_dir: pathlib.Path) -> tuple[Record, ...]:
-    """Return the environment of a run at its last start; empty if it is not recorded."""
+    """Read the environment of a run at its last start; return () if it is not recorded."""
     versions = read_json(run_dir / 'versions.json', missing={})
     environment = {key: versions[key] for key in KEYS if key in versions}
     restarts = versions.get('continued', [])
@@ -40,7 +40,7 @@ def read_environments(run_dir: pathlib.Path) -> tuple[Record, ...]:
 
 
 def describe(arms: Sequence[Arm]) -> list[str]:
-    """Return a note on what all runs have in common, and a warning for what differs."""
+    """Return a note on the common environment of all runs, and a warning about differences."""
     values: dict[str, dict[str, list[str]]] = {}  # key → value → labels of its arms
     for arm in arms:
         for environment in arm.environments:
@@ -72,7 +72,7 @@ def describe(arms: Sequence[Arm]) -> list[str]:
 
 
 def _format_value(key: str, value: object) -> str:
-    """Return a value as text; hashes and commits have twelve digits."""
+    """Format a value as text, with twelve digits for hashes and commits."""
     if value is None:
         return 'default' if key == 'jax_default_matmul_precision' else 'none'
     if isinstance(value, bool):

@@ -1,4 +1,4 @@
-"""Rankings of the arms by each set of seeds, which show whether the seeds decide the order."""
+"""Rankings of the arms for each set of seeds, which show how much the order varies."""
 
 import itertools
 import math
@@ -11,11 +11,11 @@ from mi.report.arms import Arm, Sweep
 
 
 def to_markdown(sweep: Sweep) -> str:
-    """Return a table with the mean and rank of every arm in each seed set; '' without seed sets.
+    """Format a table of the mean and rank of every arm in each seed set; '' without seed sets.
 
-    Kendall's τ of each pair of rankings follows: 1 if they are equal, 0 on average if they are
-    random, −1 if one is the reverse of the other. If there are several problems, each has its own
-    table: arms of different problems are not ranked with each other.
+    Below it is Kendall's τ of each pair of rankings: 1 if they are equal, 0 on average if they are
+    random, and −1 if one is the reverse of the other. Each problem has its own table, because arms
+    of different problems are not ranked together.
     """
     problems = sweep.group_by_problem()
     ranking_tables = {
@@ -29,7 +29,7 @@ def to_markdown(sweep: Sweep) -> str:
 
 
 def _rank_arms(sweep: Sweep, arms: Sequence[Arm]) -> str:
-    """Return the table of one problem; '' until every arm has every seed."""
+    """Format the table of one problem, or return '' until every arm has every seed."""
     # Leave out arms that diverged.
     finals = {arm.label: arm.final_values(sweep.metric, sweep.split) for arm in arms}
     diverged_labels = [
@@ -81,7 +81,7 @@ def _format_tau(means_a: Sequence[float], means_b: Sequence[float]) -> str:
 
 
 def _format_seeds(seeds: tuple[int, ...]) -> str:
-    """Format consecutive seeds as '0 to 4', others as '0, 3, 7'."""
+    """Format seeds as '0 to 4' if they are consecutive, and as '0, 3, 7' otherwise."""
     if seeds == tuple(range(seeds[0], seeds[-1] + 1)):
         return f'{seeds[0]} to {seeds[-1]}'
     return ', '.join(map(str, seeds))

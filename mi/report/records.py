@@ -1,4 +1,4 @@
-"""Records of metrics.jsonl and timing.jsonl: reading, averaging and joining them."""
+"""Functions that read, average and join the records of metrics.jsonl and timing.jsonl."""
 
 import json
 import math
@@ -12,7 +12,7 @@ Record = dict[str, Any]  # a JSON object
 
 
 def read_metrics(path: pathlib.Path, is_done: bool, warnings: list[str]) -> list[Record]:
-    """Return the records of metrics.jsonl, with the arguments and errors of `_read_lines`."""
+    """Read the records of metrics.jsonl; see `_read_lines` for the arguments and errors."""
     records = _read_lines(path, is_done, warnings)
     for line_number, record in records.items():
         has_position = isinstance(record.get('step'), int) and isinstance(record.get('seed'), int)
@@ -22,7 +22,7 @@ def read_metrics(path: pathlib.Path, is_done: bool, warnings: list[str]) -> list
 
 
 def read_timing(path: pathlib.Path, is_done: bool, warnings: list[str]) -> list[Record]:
-    """Return the records of timing.jsonl, with the arguments and errors of `_read_lines`."""
+    """Read the records of timing.jsonl; see `_read_lines` for the arguments and errors."""
     records = _read_lines(path, is_done, warnings)
     for line_number, record in records.items():
         if not isinstance(record.get('step'), int) or not is_number(record.get('seconds')):
@@ -31,14 +31,14 @@ def read_timing(path: pathlib.Path, is_done: bool, warnings: list[str]) -> list[
 
 
 def _read_lines(path: pathlib.Path, is_done: bool, warnings: list[str]) -> dict[int, Record]:
-    """Return {line number: record} of a JSON Lines file; {} if it does not exist.
+    """Read a JSON Lines file as {line number: record}; return {} if it does not exist.
 
     Text after the last newline is a record that is still being written.
 
     Args:
       path: the file.
-      is_done: whether its run is done, so that a half-written record is an error.
-      warnings: receives a line for each skipped record.
+      is_done: whether the run is done, so that an incomplete record is an error.
+      warnings: list to which a line is appended for each skipped record.
 
     Raises:
       UserError: if a line is not a JSON object.
@@ -61,7 +61,7 @@ def _read_lines(path: pathlib.Path, is_done: bool, warnings: list[str]) -> dict[
         except UserError:
             if is_done:
                 raise
-            warnings.append(f'{path}, line {line_number}: skipped, it is half written')
+            warnings.append(f'{path}, line {line_number}: skipped an incomplete record')
     return records
 
 
@@ -71,15 +71,15 @@ def _parse_record(line: bytes, path: pathlib.Path, line_number: int) -> Record:
     except ValueError:  # includes UnicodeDecodeError
         record = None
     if not isinstance(record, dict):
-        raise UserError(f'{path}, line {line_number}: not a JSON object')
+        raise UserError(f'{path}, line {line_number}: expected a JSON object')
     return record
 
 
 def require_field(record: Record, field_name: str, expected_type: type, path: pathlib.Path) -> Any:
-    """Return record[key].
+    """Return a field of a record.
 
     Raises:
-      UserError: if it is absent or has another type; names the file at path.
+      UserError: if the field is missing or has the wrong type; the message names the file `path`.
     """
     if not isinstance(record.get(field_name), expected_type):
         raise UserError(
@@ -94,7 +94,7 @@ def is_number(value: object) -> TypeGuard[float]:
 
 
 def average_timing(timings: Sequence[Sequence[Record]]) -> list[Record]:
-    """Average the timing records of the steps that all runs have."""
+    """Average the timing records of several runs over the steps that all runs have."""
     step_records = [{record['step']: record for record in timing} for timing in timings]
     averages: list[Record] = []
     for step in sorted(set.intersection(*map(set, step_records))):
@@ -108,10 +108,10 @@ def average_timing(timings: Sequence[Sequence[Record]]) -> list[Record]:
 
 
 def join_tasks(task_records: Mapping[str, Sequence[Record]], metric: str) -> list[Record]:
-    """Join the records of several tasks, {task: records}; the joined metric is the mean over tasks.
+    """Join the records of several tasks, {task: records}, with the mean of the metric over tasks.
 
-    There is one record for every step, seed and split that all tasks recorded. The mean is null
-    where a task is null, that is, not finite.
+    The result has one record for each step, seed and split that all tasks recorded. The mean is
+    None if the metric of any task is None, because it is not finite.
     """
     # Collect the values of the tasks by (step, seed, split).
     task_values: dict[tuple[int, int, str], dict[str, float | None]] = {}

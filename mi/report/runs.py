@@ -1,9 +1,9 @@
-"""Reader for run directories and sweeps; it needs neither the trainer nor its dependencies.
+"""A reader for run directories and sweeps, which does not depend on the trainers.
 
-sweep.json    what is compared, and one folder per member, each a run directory;
+sweep.json    the comparison, and its members, each with its own run directory;
               members with the same label form one arm: several seeds, or one task each
 config.json   resolved config          status.json    state of the run, where it ran
-lock          held while it runs       stopped.json   why a rule of the sweep ended it
+lock          held while it runs       stopped.json   why a rule of the sweep stopped it
 metrics.jsonl one record per step,     timing.jsonl   seconds since the previous record
               seed and split           cost.json      parameters and FLOPs per token or step
 versions.json software and device      data.json      hash of the tokens
@@ -34,22 +34,23 @@ def read_sweep(workdir: pathlib.Path, flag: str = 'workdir') -> Sweep:
 
     Args:
       workdir: the directory.
-      flag: the command-line flag that names it, for errors.
+      flag: name of the command-line flag for the directory, for error messages.
 
     Raises:
-      UserError: if it is neither, one of its files is malformed, or a metric by reference cannot be
-        imported or computed.
+      UserError: if `workdir` is neither a sweep nor a run, if one of its files is malformed, or if
+        a user-defined metric cannot be imported or computed.
     """
     if not workdir.is_dir():
         raise UserError(
-            f'--{flag}={workdir}: expected a sweep or run directory; it is not a directory'
+            f'--{flag}={workdir}: expected a sweep or run directory, but it is not a directory'
         )
     if (workdir / 'sweep.json').exists():
         return _read_sweep_directory(workdir)
     if (workdir / 'config.json').exists():
         return _read_single_run(workdir)
     raise UserError(
-        f'--{flag}={workdir}: expected a sweep (sweep.json) or a run (config.json); it has neither'
+        f'--{flag}={workdir}: expected a sweep (sweep.json) or a run (config.json), but found '
+        f'neither'
     )
 
 
@@ -72,7 +73,7 @@ def _read_sweep_directory(workdir: pathlib.Path) -> Sweep:
         if task is not None:
             task_runs.setdefault(run.label, {}).setdefault(task, []).append(run)
     if not runs:
-        raise UserError(f'{sweep_file}: members = []: expected one or more')
+        raise UserError(f'{sweep_file}: members = []: expected at least one member')
 
     # Merge the runs of each label into one arm; all arms list their tasks in the same order.
     tasks = dict.fromkeys(task for arm_runs in task_runs.values() for task in arm_runs)
@@ -114,10 +115,10 @@ def _read_sweep_directory(workdir: pathlib.Path) -> Sweep:
 def _read_member(
     member: object, sweep_file: pathlib.Path, warnings: list[str]
 ) -> tuple[Arm, str | None]:
-    """Return the run of a member of sweep.json, and its task if it names one."""
+    """Read the run of a member of sweep.json, and return it with its task, or None."""
     if not isinstance(member, dict):
         raise UserError(
-            f'{sweep_file}: members contains {member!r}: expected an object with a name'
+            f'{sweep_file}: members: expected objects with a name, but found {member!r}'
         )
     member_name = require_field(member, 'name', str, sweep_file)
     overrides = require_field({'overrides': {}} | member, 'overrides', dict, sweep_file)
@@ -127,7 +128,7 @@ def _read_member(
 
 
 def _find_seed_sets(arms: list[list[Arm]]) -> tuple[tuple[int, ...], ...]:
-    """Return the seed sets of the runs if all arms have the same ones, and several; else ()."""
+    """Return the seed sets of the runs if all arms share the same several sets, or else ()."""
     arm_sets = {tuple(sorted({run.seeds for run in arm_runs})) for arm_runs in arms}
     common_sets = arm_sets.pop()
     has_several = len(common_sets) > 1 and all(len(seeds) > 1 for seeds in common_sets)
@@ -135,15 +136,15 @@ def _find_seed_sets(arms: list[list[Arm]]) -> tuple[tuple[int, ...], ...]:
 
 
 def _merge_seeds(runs: list[Arm], path: pathlib.Path) -> Arm:
-    """Merge the runs of one arm, which have different seeds; their timings are averaged."""
+    """Merge the runs of one arm, which have different seeds, and average their timings."""
     first = runs[0]
     if len(runs) == 1:
         return first
     seeds = [seed for run in runs for seed in run.seeds]
     if len(set(seeds)) < len(seeds):
         raise UserError(
-            f'{path}: members of label {first.label!r} have seeds {seeds}: expected different '
-            f'labels, or different seeds'
+            f'{path}: expected members with different labels or different seeds, but the members '
+            f'with the label {first.label!r} have the seeds {seeds}'
         )
     # An arm is done once all its runs are; until then it has the state of the first other run.
     status_run = next((run for run in runs if run.state != 'done'), first)
@@ -162,7 +163,7 @@ def _merge_seeds(runs: list[Arm], path: pathlib.Path) -> Arm:
 def _merge_tasks(arms: dict[str, Arm], metric: str) -> Arm:
     """Merge the runs of several tasks into one arm, whose metric is the mean over tasks.
 
-    Each merged record holds the metric of every task, like the record of an agent that learns all
+    Each merged record has the metric of every task, like a record of an agent that learns all
     tasks.
     """
     first = next(iter(arms.values()))

@@ -2,16 +2,16 @@
 
 The seed is the only source of randomness measured here. The percentile bootstrap resamples the n
 seeds with replacement, computes the statistic, and reports its 2.5 % and 97.5 % quantiles. Every
-resampled mean lies between the smallest and the largest seed, so intervals over few seeds are too
-short: see CAUTION.
+resampled mean is between the smallest and the largest seed, so that intervals over few seeds are
+too short, see CAUTION.
 
 Scores of many tasks, [seeds, tasks], are summarized as in Agarwal et al. (2021), "Deep
-Reinforcement Learning at the Edge of the Statistical Precipice". Who learned the tasks decides
-what is resampled:
+Reinforcement Learning at the Edge of the Statistical Precipice". There are two ways to resample:
 
-    bootstrap_seeds   one agent learns all tasks, so its scores are correlated: whole rows
-    bootstrap_runs    each task has separate runs: each column independently, the stratified
-                      bootstrap of that paper and of its library, rliable
+    bootstrap_seeds   resamples whole rows, for agents that learn all tasks, because their scores
+                      are correlated
+    bootstrap_runs    resamples each column independently, for separate runs of each task; this is
+                      the stratified bootstrap of the paper and of its library, rliable
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ Statistic = Callable[[np.ndarray], np.ndarray]  # [..., seeds, tasks] → [...]
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """A mean over seeds and its interval [low, high], None for a single seed."""
+    """A mean over seeds with its interval [low, high], which is None for a single seed."""
 
     mean: float
     low: float | None
@@ -45,7 +45,7 @@ class Estimate:
 
     @property
     def width(self) -> float:
-        """Width of the interval; 0 without one."""
+        """The width of the interval, or 0 without an interval."""
         return 0.0 if self.low is None or self.high is None else self.high - self.low
 
 
@@ -53,18 +53,18 @@ def estimate(values: Mapping[int, float], arm: str) -> Estimate:
     """Compute the mean of {seed: value} with its bootstrap interval.
 
     Args:
-      values: {seed: value}.
-      arm: label named in errors.
+      values: value of each seed.
+      arm: label of the arm, for error messages.
 
     Raises:
-      ValueError: if there is no value, or one is NaN or infinite; names the arm and the seed.
+      ValueError: if there are no values, or if a value is not finite.
     """
     # A seed that diverged must not be left out in silence.
     if not values:
-        raise ValueError(f'{arm}: no values')
+        raise ValueError(f'{arm}: expected at least one value')
     for seed, value in values.items():
         if not np.isfinite(value):
-            raise ValueError(f'{arm}: the value of seed {seed} is {value}')
+            raise ValueError(f'{arm}: expected finite values, but seed {seed} has {value}')
 
     # Without spread there is nothing to resample.
     sample = np.array([values[seed] for seed in sorted(values)], float)
@@ -90,17 +90,20 @@ def estimate(values: Mapping[int, float], arm: str) -> Estimate:
 def estimate_difference(
     values: Mapping[int, float], baseline: Mapping[int, float], arm: str
 ) -> Estimate | None:
-    """Compute the mean of value − baseline over the seeds that both have; None if there are none.
+    """Compute the mean of value − baseline over common seeds; return None if there are none.
 
-    Equal seeds share the data order, and the initialization where shapes agree. Pairing cancels
-    what they share; an interval of two independent means would keep it.
+    Runs with the same seed share the data order and, where shapes agree, the initialization.
+    Pairing cancels this shared variation, which intervals of two independent means would include.
     """
     paired = {seed: values[seed] - baseline[seed] for seed in values if seed in baseline}
     return estimate(paired, arm) if paired else None
 
 
 def judge(gap: Estimate | None, lower_is_better: bool) -> str | None:
-    """Return on which side of zero the interval of a difference lies; None without an interval."""
+    """Judge a difference by its interval: 'better', 'worse' or 'no difference seen'.
+
+    Return None if there is no interval.
+    """
     if gap is None or gap.low is None or gap.high is None:
         return None
     if gap.low <= 0.0 <= gap.high:
@@ -113,11 +116,11 @@ def estimate_band(
 ) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
     """Compute mean, low and high [N] of curves [seeds, N]; low and high are None for one seed.
 
-    Whole curves are resampled: a resample takes the same seeds at every step. The interval is
-    pointwise; it does not cover all steps simultaneously.
+    Whole curves are resampled, so that a resample has the same seeds at every step. The interval is
+    pointwise and does not cover all steps simultaneously.
 
     Raises:
-      ValueError: if a value is NaN or infinite, or there is no seed.
+      ValueError: if there are no seeds, or if a value is not finite.
     """
     num_seeds, num_steps = values.shape
     if num_seeds == 0 or not np.all(np.isfinite(values)):
@@ -137,13 +140,13 @@ def estimate_band(
 
 
 def _draw_weights(rng: np.random.Generator, num_seeds: int) -> np.ndarray:
-    """Draw the share of each seed in each resample, [RESAMPLES, seeds]."""
+    """Draw the weight of each seed in each resample, [RESAMPLES, seeds]."""
     probabilities = np.full(num_seeds, 1 / num_seeds)
     return rng.multinomial(num_seeds, probabilities, size=RESAMPLES) / num_seeds
 
 
 def bootstrap_seeds(scores: np.ndarray, statistic: Statistic) -> Estimate:
-    """Estimate a statistic of scores [seeds, tasks]; resamples take whole seeds."""
+    """Estimate a statistic of scores [seeds, tasks] by resampling whole seeds."""
     num_seeds = len(scores)
 
     def resample(rng: np.random.Generator, shape: tuple[int, int]) -> np.ndarray:
@@ -153,7 +156,7 @@ def bootstrap_seeds(scores: np.ndarray, statistic: Statistic) -> Estimate:
 
 
 def bootstrap_runs(scores: np.ndarray, statistic: Statistic) -> Estimate:
-    """Estimate a statistic of scores [seeds, tasks]; resamples are stratified by task."""
+    """Estimate a statistic of scores [seeds, tasks] by resampling within each task."""
     num_seeds, num_tasks = scores.shape
 
     def resample(rng: np.random.Generator, shape: tuple[int, int]) -> np.ndarray:
@@ -167,7 +170,7 @@ def _bootstrap(
     statistic: Statistic,
     resample: Callable[[np.random.Generator, tuple[int, int]], np.ndarray],
 ) -> Estimate:
-    """Bootstrap a statistic; resample(rng, (count, seeds)) returns [count, seeds, tasks]."""
+    """Bootstrap a statistic with resample(rng, (count, seeds)) → [count, seeds, tasks]."""
     num_seeds = len(scores)
     point_estimate = float(statistic(scores))
     if num_seeds == 1:
@@ -180,22 +183,22 @@ def _bootstrap(
 
 
 def mean(scores: np.ndarray) -> np.ndarray:
-    """Return the mean of [..., seeds, tasks]."""
+    """Compute the mean of scores [..., seeds, tasks]."""
     return scores.mean((-2, -1))
 
 
 def median(scores: np.ndarray) -> np.ndarray:
-    """Return the median over tasks of the means over seeds, for [..., seeds, tasks].
+    """Compute the median over tasks of the means over seeds, for scores [..., seeds, tasks].
 
-    The definition of Agarwal et al. (2021) and rliable. With a single task, the median over seeds
-    is returned.
+    This is the definition of Agarwal et al. (2021) and rliable. For a single task, it is the median
+    over seeds.
     """
     task_scores = scores[..., 0] if scores.shape[-1] == 1 else scores.mean(-2)
     return np.median(task_scores, axis=-1)
 
 
 def iqm(scores: np.ndarray) -> np.ndarray:
-    """Return the interquartile mean of [..., seeds, tasks]: a quarter is cut off at each end."""
+    """Compute the interquartile mean of scores [..., seeds, tasks], which trims both quarters."""
     sorted_scores = np.sort(scores.reshape(*scores.shape[:-2], -1), axis=-1)
     num_cut = sorted_scores.shape[-1] // 4
     return sorted_scores[..., num_cut : sorted_scores.shape[-1] - num_cut].mean(-1)
@@ -208,12 +211,14 @@ def probability_of_improvement(
     *,
     has_separate_runs: bool = False,
 ) -> Estimate:
-    """Estimate P(a seed beats a baseline seed), averaged over tasks; ties count half.
+    """Estimate the probability that a seed beats a baseline seed, averaged over tasks.
+
+    A tie counts as half a win.
 
     Args:
-      scores: [seeds, tasks].
-      baseline: [baseline seeds, tasks].
-      lower_is_better: whether a lower score wins.
+      scores: scores [seeds, tasks].
+      baseline: scores of the baseline [baseline seeds, tasks].
+      lower_is_better: whether the lower score wins.
       has_separate_runs: whether each task has separate runs, which are then resampled
         independently, as in `bootstrap_runs`.
     """
@@ -241,15 +246,16 @@ def probability_of_improvement(
 
 @dataclasses.dataclass(frozen=True)
 class SignFlipTest:
-    """A two-sided test that a mean difference is zero.
+    """Result of a two-sided test that a mean difference is zero.
 
     Attributes:
-      p: the probability that chance alone gives a mean at least as far from zero.
-      min_p: the smallest p that this number of differences can give, however large they are.
-      p_holm: p corrected for the number of tested arms, by `correct_holm`; p itself until then.
-      min_p_holm: the smallest p_holm that the arm with the smallest p can reach.
-      num_pairs: the number of differences whose signs are flipped.
-      pairs_per_seed: the differences per seed: the number of tasks where each has separate runs.
+      p: probability of a mean at least as far from zero by chance alone.
+      min_p: smallest p that is possible with this number of differences.
+      p_holm: p corrected for the number of tested arms by `correct_holm`; p itself before that.
+      min_p_holm: smallest p_holm that is possible for the arm with the smallest p.
+      num_pairs: number of differences whose signs are flipped.
+      pairs_per_seed: number of differences per seed: the number of tasks if each has separate runs,
+        and 1 otherwise.
     """
 
     p: float
@@ -261,21 +267,21 @@ class SignFlipTest:
 
     @property
     def can_be_significant(self) -> bool:
-        """Whether there are enough differences for significance at 5 %."""
+        """Whether there are enough differences to reach significance at 5 %."""
         return self.min_p_holm <= ALPHA
 
 
 def sign_flip_test(differences: np.ndarray) -> SignFlipTest | None:
-    """Return the permutation test of n paired differences; None if there are fewer than two.
+    """Test n paired differences by permutation; return None if there are fewer than two.
 
-    If two arms do not differ, each difference is as probable with the opposite sign. All 2ⁿ choices
-    of signs are then equally likely, and p is the share of them whose mean is at least as far from
-    zero as the observed mean. Nothing is assumed about the distribution over seeds. The test is
-    exact up to 16 pairs; for more pairs, signs are sampled.
+    If two arms do not differ, each difference is equally likely to have the opposite sign. All 2ⁿ
+    choices of signs are then equally likely, and p is the fraction of choices whose mean is at
+    least as far from zero as the observed mean. Nothing is assumed about the distribution over
+    seeds. The test is exact up to 16 pairs, and samples signs for more pairs.
 
     Args:
-      differences: [seeds], or [seeds, tasks] where each task has separate runs: each task of each
-        seed is then a pair.
+      differences: differences [seeds], or [seeds, tasks] if each task has separate runs, in which
+        case each task of each seed is a pair.
     """
     # Each task of each seed is a pair.
     pairs_per_seed = differences.shape[1] if differences.ndim == 2 else 1
@@ -300,11 +306,11 @@ def sign_flip_test(differences: np.ndarray) -> SignFlipTest | None:
 
 
 def correct_holm(tests: Sequence[SignFlipTest | None]) -> list[SignFlipTest | None]:
-    """Return the tests with p-values corrected for their number by Holm's method (1979).
+    """Correct the p-values for the number of tests by Holm's method (1979).
 
-    The smallest p is multiplied by the number of tests, the next by one less, and so on; no
-    corrected p falls below its predecessor. The probability of any false positive among the tests
-    stays below ALPHA.
+    The smallest p is multiplied by the number of tests, the next by one less, and so on. No
+    corrected p is smaller than its predecessor. The probability of any false positive among the
+    tests is at most ALPHA.
     """
     ranked_tests = sorted(
         (test.p, test_index) for test_index, test in enumerate(tests) if test is not None
@@ -321,18 +327,18 @@ def correct_holm(tests: Sequence[SignFlipTest | None]) -> list[SignFlipTest | No
 
 
 def count_seeds_needed(num_arms: int, pairs_per_seed: int = 1) -> int:
-    """Return the fewest seeds with which one arm could be significant at 5 % after Holm.
+    """Return the minimum number of seeds for significance at 5 % after Holm's correction.
 
     Args:
-      num_arms: the number of tested arms.
-      pairs_per_seed: as in `SignFlipTest`.
+      num_arms: number of tested arms.
+      pairs_per_seed: number of differences per seed, as in `SignFlipTest`.
     """
     num_pairs = next(count for count in range(2, 64) if num_arms * 2.0 ** (1 - count) <= ALPHA)
     return -(-num_pairs // pairs_per_seed)
 
 
 def warn_too_few_seeds(tests: Sequence[SignFlipTest | None]) -> str | None:
-    """Return a warning if no difference could be significant, however large; otherwise None."""
+    """Return a warning if there are too few seeds for any significance, or None."""
     valid_tests = [test for test in tests if test is not None]
     if not valid_tests or any(test.can_be_significant for test in valid_tests):
         return None
@@ -351,5 +357,5 @@ def warn_too_few_seeds(tests: Sequence[SignFlipTest | None]) -> str | None:
 
 
 def format_p(value: float) -> str:
-    """Format a p-value with two significant digits; more are never meaningful."""
+    """Format a p-value with two significant digits, because more are never meaningful."""
     return '<0.001' if value < 0.001 else f'{value:.{2 if value >= 0.0995 else 3}f}'

@@ -1,7 +1,7 @@
-"""The table with one row per arm, with the significant digits of each number.
+"""The table of results, with one row per arm and only the significant digits of each number.
 
-`make_table` formats the numbers; writers of Markdown, LaTeX, HTML and text only escape and lay out
-its cells. `mi.report.csv` writes every digit.
+`make_table` formats the numbers. The writers of Markdown, LaTeX, HTML and terminal tables only
+escape its cells and lay them out. `mi.report.csv` writes numbers in full precision.
 """
 
 import collections
@@ -26,7 +26,7 @@ Item = TypeVar('Item')
 
 
 class Cell(NamedTuple):
-    """A cell: its text, smaller text beside or below it, and the value that it is sorted by."""
+    """A cell, with its text, a smaller detail, and the value by which it is sorted."""
 
     main: str
     detail: str = ''
@@ -38,11 +38,11 @@ class Cell(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Terminal:
-    """How a terminal shows a column.
+    """Options of a column in a terminal.
 
     Attributes:
-      priority: columns of the smallest priority are shown first; None: the column is only named.
-      wraps: whether text may break between words; numbers never do.
+      priority: rank of the column, with the smallest shown first; None if it is never shown.
+      wraps: whether text may break between words, which numbers never do.
     """
 
     priority: int | None = None
@@ -54,11 +54,11 @@ class Column(Generic[Item]):
     """A column of a table.
 
     Attributes:
-      name: identifies the column to programs; METRIC/NAME for a secondary metric.
+      name: identifier of the column; 'metric/NAME' for a secondary metric.
       title, detail: text of the header.
-      cell: formats the cell of an item.
-      shown_if: whether the table has the column.
-      terminal: form of the column in a terminal.
+      cell: function that formats the cell of an item.
+      shown_if: whether to show the column.
+      terminal: options of the column in a terminal.
     """
 
     name: str
@@ -73,9 +73,9 @@ class Table(NamedTuple):
     """A formatted table.
 
     Attributes:
-      columns: the shown columns.
-      body: the cells of each row.
-      best: the indices of the rows with the best mean.
+      columns: columns to show.
+      body: cells of each row.
+      best: indices of the rows with the best mean.
     """
 
     columns: Sequence[Column[Any]]
@@ -89,17 +89,17 @@ class Table(NamedTuple):
 
 
 def make_body(columns: Sequence[Column[Item]], items: Iterable[Item]) -> list[list[Cell]]:
-    """Return a row of cells per item."""
+    """Format a row of cells for each item."""
     return [[column.cell(item) for column in columns] for item in items]
 
 
 def humanize(name: str) -> str:
-    """Return a name with spaces: bits_per_byte → bits per byte."""
+    """Replace underscores in a name by spaces: bits_per_byte → bits per byte."""
     return name.replace('_', ' ')
 
 
 def make_table(sweep: Sweep, results: list[ArmResult]) -> Table:
-    """Return the formatted table, the same for every format but CSV."""
+    """Make the formatted table that all formats except CSV share."""
     columns = _make_columns(sweep, results)
     best: set[int] = set()
     # Arms of different problems are not ranked with each other.
@@ -186,7 +186,7 @@ def _score_columns(sweep: Sweep, results: list[ArmResult], arrow: str) -> list[C
 
 
 def _cost_columns(sweep: Sweep, results: list[ArmResult]) -> list[Column[ArmResult]]:
-    """Return the columns of costs, and of the runs themselves."""
+    """Return the columns of costs, and the columns that describe the runs."""
     unit = sweep.unit
     # A state that is not done explains missing numbers, so it comes right after the metric.
     is_done = all(result.arm.state == 'done' for result in results)
@@ -263,7 +263,7 @@ def _state_cell(result: ArmResult) -> Cell:
 def _disambiguate(
     metric_names: Iterable[str], taken_titles: Collection[str], split: str
 ) -> dict[str, str]:
-    """Return {metric: title}; a title that another column has is qualified by the split."""
+    """Return {metric: title}, where titles that are not unique include the split."""
     metric_names = list(metric_names)
     uses = collections.Counter([*map(humanize, metric_names), *taken_titles])
     return {
@@ -284,7 +284,7 @@ def to_markdown(sweep: Sweep, results: list[ArmResult], notes: list[str]) -> str
 
 
 def format_markdown(header: Sequence[str], body: Iterable[Sequence[str]]) -> str:
-    """Return a Markdown table of plain text; the first column is left-aligned, others right."""
+    """Format plain text as a Markdown table, with all but the first column right-aligned."""
     escaped_body = [[escape_markdown(text) for text in cells] for cells in body]
     return _join_grid([escape_markdown(text) for text in header], escaped_body)
 
@@ -310,10 +310,11 @@ def secondary_names(results: list[ArmResult]) -> list[str]:
 def count_decimals(
     means: Sequence[Estimate | None], *differences: Sequence[Estimate | None]
 ) -> int:
-    """Return the decimals of means and differences, the same so that they visibly add up.
+    """Return the number of decimals of means and differences.
 
-    They show two digits of the typical interval width of the column with the narrowest intervals,
-    and at most five digits of the largest mean.
+    Both have the same number, so that they visibly add up. It shows two digits of the typical
+    interval width in the column with the narrowest intervals, and at most five digits of the
+    largest mean.
     """
     # The largest mean limits the decimals.
     largest = max((abs(estimate.mean) for estimate in means if estimate), default=0.0) or 1.0
@@ -328,7 +329,7 @@ def count_decimals(
 
 
 def format_interval(estimate: Estimate | None, decimals: int, sign: str = '') -> Cell:
-    """Format mean and [low, high] with these decimals, or as powers of ten if all digits are 0."""
+    """Format the mean and [low, high], in scientific notation if all decimals would be zero."""
     if estimate is None:
         return Cell(NONE)
     bounds = [bound for bound in (estimate.mean, estimate.low, estimate.high) if bound is not None]
@@ -386,12 +387,12 @@ def format_seconds(value: float | None) -> str:
 
 
 def shorten(text: str) -> str:
-    """Return the text on one line of at most 80 characters."""
+    """Shorten a text to one line of at most 80 characters."""
     return textwrap.shorten(text, 80, placeholder='…')
 
 
 def escape_markdown(text: str) -> str:
-    """Return the text in Markdown, on one line."""
+    """Escape a text for Markdown, on one line."""
     # A bracket makes a link only before one of ([: and stays unescaped elsewhere: [2.1, 2.3].
     text = re.sub(r'[\\|*_`~$]|\](?=[(\[:])', r'\\\g<0>', text)
     return ' '.join(text.replace('&', '&amp;').replace('<', '&lt;').split())

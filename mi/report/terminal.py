@@ -1,4 +1,4 @@
-"""Tables for a terminal: at most five columns that fit, and no broken numbers."""
+"""Tables for a terminal, with at most five columns and no line breaks inside numbers."""
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,7 +21,7 @@ LAYOUT = rich.box.HEAVY_HEAD
 
 
 class _Column(NamedTuple):
-    """A column with its cells."""
+    """A column of a table with its cells."""
 
     name: str
     header: Cell
@@ -31,7 +31,7 @@ class _Column(NamedTuple):
 
     @property
     def min_width(self) -> int:
-        """The fewest characters that break no number, no interval and no word of usual length."""
+        """The smallest width that does not break numbers, intervals or words of usual length."""
         texts = [text for cell in self.cells for text in cell[:2]]
         if self.wraps:
             remarks = [text for text in texts if len(text) <= LONGEST // 2 and text.startswith('(')]
@@ -43,15 +43,12 @@ class _Column(NamedTuple):
 
     @property
     def max_width(self) -> int:
-        """The number of characters at which nothing wraps."""
+        """The width at which nothing wraps."""
         return _text_width(text for cell in (self.header, *self.cells) for text in cell[:2])
 
 
 def make_console() -> rich.console.Console:
-    """Return a console for stdout.
-
-    It is 160 characters wide unless a terminal or COLUMNS sets the width.
-    """
+    """Return a console for stdout; 160 characters wide, unless a terminal or COLUMNS sets it."""
     console = rich.console.Console(soft_wrap=False)
     if not _is_limited(console):
         console.width = 160
@@ -66,12 +63,13 @@ def print_table(console: rich.console.Console, table: Table, title: str) -> None
     """Print a title and the most important columns of a table, at most `MAX_COLUMNS`.
 
     The columns are those that fit into `WIDTH` characters, or into a narrower terminal. A wider
-    terminal shows the same columns with fewer broken words, and a file without COLUMNS none.
+    terminal shows the same columns with fewer line breaks. Output to a file has no line breaks,
+    unless COLUMNS is set.
 
     Args:
       console: the console.
       table: the table.
-      title: a heading for it.
+      title: heading of the table.
     """
     # Choose the columns that fit.
     columns = [
@@ -114,7 +112,7 @@ def _to_text(cell: Cell, bold: bool) -> rich.text.Text:
 
 
 def _choose_widths(columns: Sequence[_Column], width_limit: int | None) -> Mapping[str, int]:
-    """Return the width of every shown column, by its name."""
+    """Choose the columns to show, and return their widths by name."""
     ranked = sorted(
         (column for column in columns if column.priority is not None),
         key=lambda column: column.priority or 0,

@@ -315,7 +315,7 @@ def test_the_half_written_line_of_a_running_run_is_skipped(sweep, capsys):
     half_write(sweep, 'running')
     with locked(sweep / 'fusion=mi'):
         report.write(sweep)
-    assert 'line 13: skipped, it is half written' in capsys.readouterr().err
+    assert 'line 13: skipped an incomplete record' in capsys.readouterr().err
     assert 'line 13: skipped' in read_text(sweep)
     assert read_table(sweep)['mi']['state'] == 'running'
 
@@ -332,7 +332,7 @@ def test_only_the_test_record_is_final_before_the_end(sweep):
 
 def test_a_half_written_line_of_a_done_run_is_an_error(sweep):
     half_write(sweep, 'done')
-    with pytest.raises(UserError, match=r'fusion=mi/metrics\.jsonl, line 13: not a JSON object'):
+    with pytest.raises(UserError, match=r'mi/metrics\.jsonl, line 13: expected a JSON object'):
         report.write(sweep)
 
 
@@ -355,7 +355,7 @@ def test_a_corrupted_line_names_file_and_line(sweep, line):
         (
             {'members': [{'name': 'fusion=mi'}, {'name': 'fusion=film', 'label': 'fusion=mi'}]}
             | {'baseline': None},
-            'expected different labels, or different seeds',
+            'expected members with different labels or different seeds',
         ),
     ],
 )
