@@ -1,1 +1,1 @@
-"""Sweeps of the two trainers, and a folder for each claim: problem, config, sweep."""
+"""Experiments: sweeps of the two trainers, and a package with a problem for each other claim."""

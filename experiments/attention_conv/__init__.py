@@ -1,1 +1,1 @@
-"""Self-attention can express convolutions: centers and sharpness, learned on digits."""
+"""Convolutions and self-attention that can express them, trained on handwritten digits."""

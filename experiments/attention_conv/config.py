@@ -1,15 +1,15 @@
-"""Handwritten digits by layers of self-attention with quadratic relative encoding, or convolutions.
+"""Config that classifies handwritten digits by convolutions or quadratic self-attention.
 
 Source: Cordonnier et al., On the Relationship between Self-Attention and Convolutional Layers (ICLR
-2020), for layer, encoding and start of the centres; the images (theirs were CIFAR-10), the network
-and the training are ours.
+2020), for the layer, its encoding and the initial centers. The images (theirs were CIFAR-10), the
+network and the training are ours.
 
     python -m mi.main --config=experiments/attention_conv/config.py --workdir=runs/centres
     python -m mi.main --config=experiments/attention_conv/config.py --config.model.layer=convolution
     \
         --workdir=runs/convolutions
 
-Needs scikit-learn, the extra `digits`.
+This config needs scikit-learn, from the extra `digits`.
 """
 
 import ml_collections

@@ -1,6 +1,6 @@
-"""A network of images whose layers are convolutions, or self-attention on the grid of pixels.
+"""An image network whose layers are convolutions, or self-attention on the grid of pixels.
 
-Shapes: x [..., rows, columns, n] the image, y [..., k] the output.
+Shapes: image x [..., rows, columns, n], output y [..., k].
 """
 
 from collections.abc import Callable
@@ -24,16 +24,16 @@ CENTER_INIT = initializers.normal(2**0.5)
 
 
 class EdgeConvolution(nn.Module):
-    """A K × K convolution that pads with the edge: y_q = Σ_δ V_δ x_{q+δ} + b.
+    """A K × K convolution with edge padding: y_q = Σ_δ V_δ x_{q+δ} + b.
 
-    What `ConvolutionalSelfAttention` of K² heads is in the limit of large α (Cordonnier et al.,
-    2020). A product of windows and one matrix: of a convolution XLA's CPU backend takes ten times
-    longer for the gradient where it is in a loop.
+    `ConvolutionalSelfAttention` with K² heads converges to this layer for large α (Cordonnier et
+    al., 2020). It is computed as a product of windows and one matrix. On CPU, XLA's gradient of a
+    convolution inside a loop takes ten times longer.
 
     Attributes:
-      kernel: K.
-      features: k.
-      dtype: of the computation; None for that of inputs and parameters.
+      kernel: kernel size K.
+      features: number of output features.
+      dtype: dtype of the computation; None for the dtype of inputs and parameters.
     """
 
     kernel: int
@@ -51,7 +51,7 @@ class EdgeConvolution(nn.Module):
 
 
 def extract_windows(image: Array, K: int) -> Array:
-    """[..., rows, columns, n] → [..., rows, columns, K² n], the K × K neighbours of every pixel."""
+    """Extract the K × K window of every pixel: [..., rows, columns, n] → [..., K² n]."""
     num_rows, num_columns, _ = image.shape[-3:]
     sides = (K - 1) // 2, K // 2
     padding = [(0, 0)] * (image.ndim - 3) + [sides, sides, (0, 0)]
@@ -65,7 +65,7 @@ def extract_windows(image: Array, K: int) -> Array:
 
 
 def make_kernel_offsets(heads: int) -> Array:
-    """Return the offsets of a K × K kernel [K², 2], in the order of its entries; heads = K²."""
+    """Return the offsets of the entries of a K × K kernel, [K², 2], where heads = K²."""
     K = round(heads**0.5)
     row, column = jnp.divmod(jnp.arange(heads), K)
     center = (K - 1) // 2
@@ -85,13 +85,14 @@ SCHEMA: dict[str, Rule] = {
 
 
 class ImageNetwork(nn.Module):
-    """L layers with ReLU after each, the mean over all pixels, an affine map.
+    """A network of L layers with ReLU, a mean over all pixels, and an affine read-out.
 
     Attributes:
-      outputs: k.
-      layer: name → module [..., rows, columns, n] → [..., rows, columns, width].
-      depth: L.
-      dtype: of the last map; its result is f32.
+      outputs: number of outputs k.
+      layer: function of a name that returns a module, which maps [..., rows, columns, n] to
+        [..., rows, columns, width].
+      depth: number of layers L.
+      dtype: dtype of the read-out, whose result is converted to f32.
     """
 
     outputs: int
@@ -108,7 +109,7 @@ class ImageNetwork(nn.Module):
 
 
 def make(model: ml_collections.ConfigDict, outputs: int) -> ImageNetwork:
-    """Build the network of a config's section `model`."""
+    """Build the network that the section `model` of a config describes."""
     if model.layer == 'convolution':
         return ImageNetwork(
             outputs,
@@ -123,7 +124,7 @@ def make(model: ml_collections.ConfigDict, outputs: int) -> ImageNetwork:
 
 
 class Heads(NamedTuple):
-    """The heads of a layer: how many, and their initial centers and α."""
+    """The heads of a layer: their number, initial centers and initial α."""
 
     number: int
     center_init: Initializer = CENTER_INIT
@@ -133,7 +134,7 @@ class Heads(NamedTuple):
 def make_attention(
     outputs: int, heads: Heads, width: int, depth: int, dtype: DTypeLike | None = None
 ) -> ImageNetwork:
-    """Build a network of self-attention."""
+    """Build a network with layers of self-attention."""
 
     def make_layer(name: str | None) -> nn.Module:
         return ConvolutionalSelfAttention(

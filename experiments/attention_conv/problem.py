@@ -1,14 +1,15 @@
-"""Handwritten digits, 8 × 8 pixels, classified by networks of convolutions or of self-attention.
+"""Classification of handwritten digits, 8 × 8 pixels, by convolutions or by self-attention.
 
-After Cordonnier et al., On the Relationship between Self-Attention and Convolutional Layers (ICLR
-2020): K² heads with quadratic relative encoding can be any K × K convolution, the better the larger
-α; do they become one when they learn? The images are 1,797 that scikit-learn ships (the test set of
-Alpaydin & Kaynak, Optical Recognition of Handwritten Digits, UCI 1998), each seed with its own
-split of them. Theirs were CIFAR-10; network and training are ours.
+The question is that of Cordonnier et al., On the Relationship between Self-Attention and
+Convolutional Layers (ICLR 2020). K² heads with quadratic relative encoding can approximate any
+K × K convolution, with an error that vanishes for large α. Do they become a convolution in
+training? The data are the 1,797 images that are part of scikit-learn (the test set of Alpaydin &
+Kaynak, Optical Recognition of Handwritten Digits, UCI 1998), with a different split for each seed.
+Cordonnier et al. used CIFAR-10; the network and the training are ours.
 
-At the end a run keeps, of every layer of self-attention, the centers Δ and the α of its heads,
-before training and after; of a network of convolutions how far it is from the network in which
-every layer is K² heads, for each α of the config, in f32 and in bf16.
+A run with self-attention saves the centers Δ and the sharpness α of all heads before and after
+training. A run with convolutions saves its difference from the network that replaces each layer by
+K² heads, for each α in the config, in f32 and in bf16.
 """
 
 import dataclasses
@@ -52,7 +53,7 @@ def load_images() -> tuple[np.ndarray, np.ndarray]:
         from sklearn.datasets import load_digits
     except ImportError as error:
         raise UserError(
-            f'experiments.attention_conv: its images come with scikit-learn, which is not '
+            f'experiments.attention_conv: expected scikit-learn, which contains the images, to be '
             f'installed. Try {suggest_install("digits")}'
         ) from error
     digits = load_digits()
@@ -62,11 +63,11 @@ def load_images() -> tuple[np.ndarray, np.ndarray]:
 
 
 class Split(NamedTuple):
-    """The world of a seed.
+    """The split of the images that a seed draws.
 
     Attributes:
-      image_ids: the images in the order of the seed, those to train on first.
-      init_key: draws the initial parameters, so that `artifacts` can draw them again.
+      image_ids: indices of the images in random order, with the training set first.
+      init_key: random key of the initial parameters, from which `artifacts` can recompute them.
     """
 
     image_ids: Array
@@ -75,14 +76,14 @@ class Split(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Digits(Problem):
-    """Classify digits by convolutions or by self-attention.
+    """The problem of classifying digits by convolutions or by self-attention.
 
     Attributes:
-      model: images → logits.
-      settings: the config's section `model`.
-      images, labels: all of them.
-      train_examples: images to train on; the others are held out.
-      alphas: of the networks of self-attention that are built from convolutions.
+      model: module that maps images to logits.
+      settings: section `model` of the config.
+      images, labels: the whole data set.
+      train_examples: number of images to train on; all others are held out.
+      alphas: values of α at which trained convolutions are converted to self-attention.
     """
 
     model: nn.Module
@@ -120,7 +121,7 @@ class Digits(Problem):
         return network.costs(self.model, image, fusion_pattern=r'layer_\d+')
 
     def artifacts(self, params: Params, world: Split, key: PRNGKey) -> Metrics:
-        """Return the heads before and after training, or the errors of the construction."""
+        """Return the heads before and after training, or the errors of converted convolutions."""
         if self.settings.layer == 'attention':
             initial = self.init_params(key, world)
             return _stack_heads(params, '') | _stack_heads(initial, '_before')
@@ -130,16 +131,16 @@ class Digits(Problem):
 
 
 def make(config: ml_collections.ConfigDict) -> Digits:
-    """Build the problem of a config.
+    """Build the problem that a config describes.
 
     Raises:
-      UserError: if the heads cannot start as a square grid, or scikit-learn is not installed.
+      UserError: if the heads cannot start as a square grid, or if scikit-learn is not installed.
     """
     model = config.model
     if model.centres == 'grid' and round(model.heads**0.5) ** 2 != model.heads:
         raise UserError(
-            f'config.model.heads = {model.heads}: expected a square number, for they start '
-            f"as a grid; or give config.model.centres = 'learnt'"
+            f'config.model.heads = {model.heads}: expected a square number, because the heads '
+            f"start as a square grid. Try 9, or config.model.centres = 'learnt'"
         )
     images, labels = (jnp.asarray(array) for array in load_images())
     return Digits(
@@ -160,12 +161,13 @@ def compare_construction(
     labels: Array,
     alphas: tuple[float, ...],
 ) -> Metrics:
-    """Compare a network of convolutions with the network of self-attention built to equal it.
+    """Compare a network of convolutions with the self-attention that it is converted to.
 
-    Errors are root mean squares over that of the convolution, [dtypes, alphas, …]. `layer_error`
-    [L] is that of each layer on the output of the convolutions before it, `logit_error` and
-    `accuracy` are those of the whole network, and `own_accuracy` is that of the convolutions, in
-    f32.
+    Returns:
+      Arrays [dtypes, alphas, …]. `layer_error` [L] is the error of each layer, given the output of
+      the convolutions before it. `logit_error` and `accuracy` belong to the whole network. Errors
+      are root mean squares relative to the root mean square of the convolutions. `own_accuracy` is
+      the accuracy of the convolutions, in f32.
     """
     # The inputs and outputs of every convolution.
     depth, heads = model.depth, vision.Heads(model.kernel**2)
@@ -216,12 +218,12 @@ def _relative_error(output: Array, expected: Array) -> Array:
 
 
 def compute_accuracy(logits: Array, labels: Array) -> Array:
-    """Return the share of rows [N] whose largest logit is that of the label."""
+    """Compute the fraction of rows [N] whose largest logit is that of the label."""
     return jnp.mean(logits.argmax(-1) == labels)
 
 
 def _stack_heads(params: Params, suffix: str) -> Metrics:
-    """Return Δ [L, H, 2] and α [L, H] of all layers."""
+    """Stack Δ [L, H, 2] and α [L, H] of all layers."""
     layer_names = sorted(name for name in params['params'] if name.startswith('layer_'))
     layers = [params['params'][layer_name] for layer_name in layer_names]
     return {
@@ -231,7 +233,7 @@ def _stack_heads(params: Params, suffix: str) -> Metrics:
 
 
 def _stop_gradient_of_centers(params: Params) -> Params:
-    """Return the parameters, without a gradient into Δ and α."""
+    """Stop the gradient with respect to Δ and α."""
 
     def stop(path: tuple[jax.tree_util.DictKey, ...], leaf: Array) -> Array:
         is_center = path[-1].key in ('Delta', 'alpha')

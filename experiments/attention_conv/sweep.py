@@ -1,21 +1,22 @@
-"""Self-attention that can be a convolution: how exactly it is one, and whether it becomes one.
+"""Sweep that tests how well self-attention approximates a convolution, and whether it learns one.
 
-Networks of three layers classify digits of 8 × 8 pixels, all of about 5,000 parameters: of
-convolutions, and of self-attention whose scores are quadratic in the offset, with centers Δ and
-sharpness α of each head learned, or left as drawn, or learned from a grid on. In each trained
-network of convolutions every layer is then replaced by K² heads at the offsets of its kernel:
-theory says that it is the same function as α grows, with an error that falls as e^−α until rounding
-stops it. Theory does not say that learned centers form the grid: that is what the figure shows.
+Networks of three layers with about 5,000 parameters classify digits of 8 × 8 pixels. The layers are
+convolutions, or self-attention with scores that are quadratic in the offset. In self-attention, the
+center Δ and the sharpness α of each head are learned from a random start, fixed at a random start,
+or learned from a grid. In each trained network of convolutions, every layer is then replaced by K²
+heads at the offsets of its kernel. In theory, both networks agree for large α, with an error that
+decreases as e^−α down to the rounding error. Theory does not say whether learned centers form the
+grid, which the figure shows.
 
     python -m launch.local --sweep=experiments/attention_conv/sweep.py \
         --workdir=runs/attention_conv --parallel=2
 
-Needs scikit-learn, the extra `digits`. The report also has construction.png, centres.png (and
-.pdf), and attention_conv.md.
+The sweep needs scikit-learn, from the extra `digits`. The report also has construction.png,
+centres.png (both also as .pdf) and attention_conv.md.
 
 Source: Cordonnier et al., On the Relationship between Self-Attention and Convolutional Layers (ICLR
-2020), for layer, encoding and construction; the images (theirs were CIFAR-10), the networks and
-their training are ours.
+2020), for the layer, its encoding and the construction. The images (theirs were CIFAR-10), the
+networks and their training are ours.
 """
 
 import json
@@ -65,7 +66,7 @@ def sweep() -> list[Overrides]:
 
 
 def report(workdir: pathlib.Path, out: pathlib.Path) -> None:
-    """Draw the error of the construction and the centers, and write both as tables."""
+    """Draw the errors of the construction and the centers, and write both as tables."""
     arms = read_arms(workdir)
     kernels = {
         f'{K} × {K}': arms[f'convolution, {K}'] for K in (3, 5) if f'convolution, {K}' in arms
@@ -83,7 +84,7 @@ def report(workdir: pathlib.Path, out: pathlib.Path) -> None:
 
 
 class ArmArrays(NamedTuple):
-    """The artifacts of an arm; the arrays of all its seeds are joined, [S, …]."""
+    """The artifacts of an arm, with the arrays of all seeds concatenated, [S, …]."""
 
     seeds: list[int]
     alphas: list[float]
@@ -91,7 +92,7 @@ class ArmArrays(NamedTuple):
 
 
 def read_arms(workdir: pathlib.Path) -> dict[str, ArmArrays]:
-    """Return the arrays of each arm by its label, from the runs that are done."""
+    """Read the arrays of each arm from runs that are done, and return them by label."""
     runs_by_label: dict[str, list[ArmArrays]] = {}
     for member in json.loads((workdir / 'sweep.json').read_text())['members']:
         run_dir = workdir / member['name']
@@ -112,7 +113,7 @@ def read_arms(workdir: pathlib.Path) -> dict[str, ArmArrays]:
 
 
 def _draw_construction(figure: Figure, kernels: dict[str, ArmArrays]) -> None:
-    """Draw the error of the layers, and the accuracy of the whole network, against α."""
+    """Draw the error of each layer, and the accuracy of the whole network, against α."""
     error_axes, accuracy_axes = figure.subplots(1, 2)
     for (kernel_title, arm), color in zip(kernels.items(), plots.PALETTE, strict=False):
         alphas = np.array(arm.alphas)
@@ -148,7 +149,7 @@ def _draw_construction(figure: Figure, kernels: dict[str, ArmArrays]) -> None:
 
 
 def _draw_centers(labeled_arms: dict[str, ArmArrays]) -> Figure:
-    """Draw the centers and widths of every layer's heads, of the first seed."""
+    """Draw the centers and widths of the heads in every layer, for the first seed."""
     depth = next(iter(labeled_arms.values())).arrays['Delta'].shape[1]
     figure = Figure(figsize=(plots.WIDTH, 0.5 + 1.75 * len(labeled_arms)), layout='constrained')
     panel_grid = figure.subplots(len(labeled_arms), depth, squeeze=False, sharex=True, sharey=True)
@@ -166,7 +167,7 @@ def _draw_centers(labeled_arms: dict[str, ArmArrays]) -> Figure:
 
 
 def _draw_heads(axes: Axes, arrays: dict[str, np.ndarray]) -> None:
-    """Draw the offsets of one layer, Δ [H, 2] as (rows, columns); rows run down."""
+    """Draw the centers Δ [H, 2] of one layer as (row, column), with rows from top to bottom."""
     kernel_offsets = np.array([(row, column) for row in (-1, 0, 1) for column in (-1, 0, 1)])
     axes.plot(*kernel_offsets.T[::-1], '+', color=plots.INK, ms=5, mew=0.6, label='3 × 3 kernel')
     initial_centers, final_centers = arrays['Delta_before'], arrays['Delta']
@@ -185,12 +186,12 @@ def _draw_heads(axes: Axes, arrays: dict[str, np.ndarray]) -> None:
 
 
 def compute_width(alpha: ArrayLike) -> np.ndarray:
-    """Return the standard deviation of a head's Gaussian along an axis, in pixels: 1 / √(2α)."""
+    """Compute the standard deviation of a head's Gaussian along an axis in pixels, 1 / √(2α)."""
     return 1 / np.sqrt(2 * np.maximum(alpha, 1e-6))
 
 
 def _tabulate_errors(kernels: dict[str, ArmArrays]) -> str:
-    """Tabulate errors, averaged over layers and seeds, and the accuracy that is lost."""
+    """Tabulate the error, averaged over layers and seeds, and the loss of accuracy."""
     header = ['kernel, α', 'error of a layer, f32 [95 %]', 'bf16 [95 %]']
     header += ['error of the logits, f32 [95 %]', 'accuracy lost, f32, points [95 %]']
     table_rows = []
@@ -215,7 +216,7 @@ def _tabulate_errors(kernels: dict[str, ArmArrays]) -> str:
 
 
 def _tabulate_centers(arms: dict[str, ArmArrays]) -> str:
-    """Tabulate the distances of the centers from the offsets of a 3 × 3 kernel, by layer."""
+    """Tabulate the distances between centers and the offsets of a 3 × 3 kernel, by layer."""
     kernel_offsets = np.array([(row, column) for row in (-1, 0, 1) for column in (-1, 0, 1)], float)
     header = ['arm', 'layer', 'moved, pixels', f'heads within {NEAR} of an offset, before', 'after']
     header += ['offsets with such a head, before', 'after', 'width before', 'after']

@@ -1,7 +1,7 @@
-"""A modular teacher: generalization to combinations of modules that training did not have.
+"""Config for a modular teacher, which tests generalization to unseen combinations of modules.
 
-Source: Schug et al., Discovering Modular Solutions That Generalize Compositionally (ICLR 2024), of
-which we took teacher, sizes and the supports; the trainer, how contexts are learned and the other
+Source: Schug et al., Discovering Modular Solutions That Generalize Compositionally (ICLR 2024), for
+the teacher, its sizes and the supports. The trainer, the inference of contexts and all other
 constants are ours. See experiments/composition/problem.py.
 
     python -m mi.main --config=experiments/composition/config.py --workdir=runs/composition

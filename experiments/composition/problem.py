@@ -1,35 +1,36 @@
-"""Modular teachers: does a network that has seen some combinations of modules know the others?
+"""Modular teachers, which test generalization from seen to unseen combinations of modules.
 
     teacher     y = A relu(W(c) x),   W(c) = Σ_i c_i Θ_i
 
-A seed draws M modules Θ_i [n, h] and a readout A [h, k], the same for all tasks, so that the
-entries of y have variance 1 for x uniform in [−√3, √3]. A task is a set of modules, one or two of
-them, with c_i = 0 for the others. Training has every module alone, and of pairs, by
-`problem.support`,
+A seed draws M modules Θ_i [n, h] and a readout A [h, k], which all tasks share. They are scaled so
+that the entries of y have variance 1 for x uniform in [−√3, √3]. A task is a set of one or two
+modules, with c_i = 0 for all other modules. The training tasks are all single modules, and the
+pairs that `problem.support` selects:
 
     connected       (i, i + 1), in a ring through all modules
-    disconnected    the same in two rings, each through half of the modules
-    alone           none
+    disconnected    (i, i + 1), in two rings through half of the modules each
+    alone           no pairs
 
-and what is tested are the pairs that are in neither of the rings, the same for all three. The
-coefficients of a pair are, by `problem.coefficients`, 'equal', with c of norm 1, or 'drawn' in
-every step, uniform in [1/2, 1]. What the network knows of the task, `problem.context`:
+The test tasks are all pairs that are in none of the rings, so that they are the same for all three
+supports. The coefficients of a pair (`problem.coefficients`) are 'equal', with c of norm 1, or
+'drawn' in every step, uniform in [1/2, 1]. The network receives one of two contexts
+(`problem.context`):
 
-    given     z = √M c, so that entries of size 1 are usual
-    learned   nothing but its number: z is a row of parameters for each task that is trained. The z
-              of another is learned by gradient from examples of it, everything else as it was, from
-              the mean of the rows.
+    given     z = √M c, which scales typical entries to 1
+    learned   z is a vector of parameters for each training task, so that only the identity of the
+              task is given. The z of a test task starts at the mean of these vectors and is learned
+              by gradient descent from examples, with all other parameters fixed.
 
-Errors are Σ(y − ŷ)² / Σ(y − ȳ)² over examples and outputs, ȳ the mean of a task: the part of the
-variance that is not explained.
+Errors are the fraction of unexplained variance, Σ(y − ŷ)² / Σ(y − ȳ)², where the sums are over
+examples and outputs, and ȳ is the mean of a task.
 
 Shapes: T tasks, E examples of each; x [T, E, n], c [T, M], z [T, m], y [T, E, k].
 
-Source: Schug et al., Discovering Modular Solutions That Generalize Compositionally, ICLR 2024: a
-linear hypernetwork as the teacher, students of twice its size in hidden units and contexts, rings
-of pairs as the supports that are connected or not, and contexts that are inferred by gradient. They
-do so in an inner loop of training; rows of parameters, the sets of modules that are tested and the
-constants are ours.
+Source: Schug et al., Discovering Modular Solutions That Generalize Compositionally, ICLR 2024, for
+the linear hypernetwork as a teacher, for students with twice its hidden units and context features,
+for rings of pairs as connected or disconnected supports, and for contexts inferred by gradient
+descent. They infer contexts in an inner loop of training; vectors of parameters, the sets of test
+modules and the constants are ours.
 """
 
 import dataclasses
@@ -67,7 +68,7 @@ SCHEMA: dict[str, Rule] = {
 
 
 class Teacher(NamedTuple):
-    """Modules [M, n, h] and readout [h, k]."""
+    """A teacher with modules Θ [M, n, h] and a readout A [h, k]."""
 
     modules: Array
     readout: Array
@@ -79,7 +80,7 @@ def make_ring(modules: range) -> set[frozenset[int]]:
 
 
 def make_module_sets(modules: int, support: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return the modules of the trained tasks [T, M] and of the tested ones [T', M], as 0 and 1."""
+    """Return the module sets of training tasks [T, M] and test tasks [T', M], as 0 and 1."""
     all_modules, half = range(modules), modules // 2
     trained_pairs: dict[str, set[frozenset[int]]] = {
         'connected': make_ring(all_modules),
@@ -99,33 +100,34 @@ def make_module_sets(modules: int, support: str) -> tuple[np.ndarray, np.ndarray
 
 
 def compute_outputs(teacher: Teacher, c: Array, x: Array) -> Array:
-    """Return y of every task."""
+    """Compute y [T, E, k] for coefficients c [T, M] and inputs x [T, E, n]."""
     W = jnp.einsum('tm,mnh->tnh', c, teacher.modules)
     y: Array = jax.nn.relu(jnp.einsum('ten,tnh->teh', x, W)) @ teacher.readout
     return y
 
 
 def compute_unexplained(y: Array, prediction: Array) -> Array:
-    """Return the share of the variance of y [T, E, k] within tasks that is not predicted."""
+    """Compute the fraction of the variance of y [T, E, k] within tasks that is not explained."""
     within = y - y.mean(1, keepdims=True)
     return jnp.sum(jnp.square(y - prediction)) / jnp.sum(jnp.square(within))
 
 
 @dataclasses.dataclass(frozen=True)
 class Composition(Problem):
-    """Learn the tasks of a teacher; the world of a seed is the teacher.
+    """The problem of learning the tasks of a teacher, which each seed draws.
 
     Attributes:
-      model: (x, z) → y.
-      teacher_shape: M, n, h, k.
-      trained, tested: sets of modules [T, M] and [T', M], of zeros and ones.
-      is_learned: whether the contexts are parameters, a row for each task.
-      contexts: m.
-      draws_coefficients: whether the coefficients are drawn, not equal.
-      batch: examples of each task in a step.
-      eval_examples: examples of each task in an evaluation.
-      transfer_examples: examples of a new task from which its context is learned.
-      transfer_steps, transfer_rate: steps of Adam and their learning rate.
+      model: module (x, z) → y.
+      teacher_shape: (M, n, h, k).
+      trained, tested: module sets of training tasks [T, M] and test tasks [T', M], as 0 and 1.
+      is_learned: whether the contexts are parameters, one vector for each training task.
+      contexts: number of context features m.
+      draws_coefficients: whether the coefficients are drawn instead of equal.
+      batch: number of examples of each task in a step.
+      eval_examples: number of examples of each task in an evaluation.
+      transfer_examples: number of examples from which the context of a test task is learned.
+      transfer_steps, transfer_rate: number of Adam steps for such a context, and their learning
+        rate.
     """
 
     model: network.FusedMLP
@@ -150,7 +152,7 @@ class Composition(Problem):
     def draw_examples(
         self, teacher: Teacher, key: PRNGKey, sets: Array, num_examples: int
     ) -> tuple[Array, Array, Array]:
-        """Draw coefficients c, inputs x and outputs y of `num_examples` examples for each set."""
+        """Draw c, and `num_examples` inputs x and outputs y, for each set of modules."""
         c_key, x_key = jax.random.split(key)
         if self.draws_coefficients:
             c = sets * jax.random.uniform(c_key, sets.shape, minval=0.5)
@@ -170,7 +172,7 @@ class Composition(Problem):
         return params
 
     def _given_context(self, c: Array) -> Array:
-        """Return z = √M c."""
+        """Compute the given context, z = √M c."""
         return math.sqrt(self.teacher_shape[0]) * c
 
     def _predict(self, params: Params, z: Array, x: Array) -> Array:
@@ -200,7 +202,7 @@ class Composition(Problem):
         return {'seen': {'error': seen_error}, 'unseen': {'error': unseen_error}}
 
     def _learn_contexts(self, params: Params, world: Teacher, key: PRNGKey) -> Array:
-        """Return contexts of the tested tasks, learned by gradient from their examples."""
+        """Learn the contexts of the test tasks from examples, by gradient descent."""
         _, x, y = self.draw_examples(world, key, self.tested, self.transfer_examples)
 
         def total_loss(z: Array) -> Array:  # a sum, so that every task is learned by itself
@@ -220,11 +222,11 @@ class Composition(Problem):
 
 
 def make(config: ml_collections.ConfigDict) -> Composition:
-    """Build the problem of a config; a step has `train.batch` examples of every task.
+    """Build the problem that a config describes; a step has `train.batch` examples of every task.
 
     Raises:
-      UserError: if the number of modules is odd, if contexts are learned for coefficients that
-        change, or if the fusion needs a one-hot context.
+      UserError: if the number of modules is odd, if contexts are learned for drawn coefficients, or
+        if the fusion needs a one-hot context.
     """
     _check_config(config)
     problem = config.problem
@@ -252,15 +254,17 @@ def _check_config(config: ml_collections.ConfigDict) -> None:
     problem, fusion_name = config.problem, config.model.fusion.name
     if problem.modules % 2:
         raise UserError(
-            f'config.problem.modules = {problem.modules}: expected an even number, for two rings'
+            f'config.problem.modules = {problem.modules}: expected an even number of modules, '
+            f'because two rings divide them'
         )
     if problem.context == 'learned' and problem.coefficients != 'equal':
         raise UserError(
-            f"config.problem.coefficients = {problem.coefficients!r}: expected 'equal' with "
-            f"config.problem.context = 'learned', which has one row for each task"
+            f"config.problem.coefficients = {problem.coefficients!r}: expected 'equal', because "
+            f"config.problem.context = 'learned' has one context for each task. Try 'equal', or "
+            f"config.problem.context = 'given'"
         )
     if fusion_name in fusion.ONE_HOT:
         raise UserError(
-            f'config.model.fusion.name = {fusion_name!r}: expected a fusion for dense contexts; '
-            f'this one needs a one-hot context'
+            f'config.model.fusion.name = {fusion_name!r}: expected a fusion for dense contexts, '
+            f"but this fusion needs one-hot contexts. Try 'mi'"
         )

@@ -1,19 +1,19 @@
-"""Combinations of modules that were not seen: which fusion of input and task knows them?
+"""Sweep that compares how fusions generalize to unseen combinations of modules.
 
-A modular teacher of Schug et al. (ICLR 2024), and students of about 4,000 parameters that differ in
-the fusion with the task. Training has every module alone and some of their pairs, in one ring that
-connects all modules, or in two that do not, or none; other pairs are tested. The coefficients of
-the modules are given, or nothing but the number of a task, a context being learned for each. Ten
-seeds, and ten others.
+The teacher is the modular teacher of Schug et al. (ICLR 2024). Students have about 4,000 parameters
+and differ in the fusion of input and task. They are trained on single modules and on some pairs: in
+one ring that connects all modules, in two rings that do not, or on no pairs. They are tested on
+other pairs. The context of a task is given by the coefficients of its modules, or learned. Every
+arm is trained with two sets of ten seeds.
 
     python -m launch.local --sweep=experiments/composition/sweep.py --workdir=runs/modules \
         --parallel=2
 
-The report also has composition.png, .pdf and .md: errors on the combinations that were trained and
-on those that were not.
+The report also has composition.png, .pdf and .md, with the errors on seen and unseen combinations.
 
-Source: question, teacher and supports are of Schug et al., Discovering Modular Solutions That
-Generalize Compositionally; students, how contexts are learned and other constants are ours.
+Source: Schug et al., Discovering Modular Solutions That Generalize Compositionally, for the
+question, the teacher and the supports. The students, the inference of contexts and all other
+constants are ours.
 """
 
 import pathlib
@@ -92,7 +92,7 @@ ArmByKey = dict[tuple[str, str, str], runs.Arm]  # student, context, support →
 
 
 def report(workdir: pathlib.Path, out: pathlib.Path) -> None:
-    """Draw errors in and out of the support, and write them as a table."""
+    """Draw the errors on seen and unseen combinations, and write them as a table."""
     sweep = runs.read_sweep(workdir)
     arms = {_make_key(arm): arm for arm in sweep.arms if arm.finite_values(METRIC, SPLIT)}
     contexts = [context for context in CONTEXTS if any(arm_key[1] == context for arm_key in arms)]
@@ -123,7 +123,7 @@ def _list_students(arms: ArmByKey, context: str) -> list[str]:
 
 
 def _draw_errors(axes: Axes, arms: ArmByKey, context: str) -> None:
-    """Draw a line per student and a mark per support: filled for unseen pairs, hollow for seen."""
+    """Draw the errors of each student by support, filled for unseen pairs, hollow for seen ones."""
     students = _list_students(arms, context)
     for student_index, student in enumerate(students):
         for support_index, (support, marker) in enumerate(SUPPORTS.items()):
@@ -161,7 +161,7 @@ def _draw_errors(axes: Axes, arms: ArmByKey, context: str) -> None:
 def _tabulate_errors(
     arms_by_key: ArmByKey, context: str, draws: tuple[tuple[int, ...], ...]
 ) -> str:
-    """Tabulate errors by support, with the agreement of both sets of seeds on the ranking."""
+    """Tabulate the errors by support, and the rank correlation between both sets of seeds."""
     students = _list_students(arms_by_key, context)
     supports = [
         support

@@ -1,1 +1,1 @@
-"""A full MI that is trained and then compressed, against a low-rank one from scratch."""
+"""Comparison of a compressed full MI with a low-rank MI trained from scratch."""

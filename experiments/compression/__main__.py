@@ -1,4 +1,4 @@
-"""Command line of the experiment: see experiments.compression.run.
+"""Command line of the compression experiment; see experiments.compression.run.
 
 python -m experiments.compression --workdir=RUN --out=DIRECTORY [--ranks=1,2,4] [--form=cp]
     [--steps=300] [--calibration=4096] [--config.KEY=VALUE …]
@@ -24,17 +24,17 @@ CALIBRATION = flags.DEFINE_integer('calibration', 0, 'Inputs at which outputs ar
 
 
 def main(argv: Sequence[str], changes: Sequence[overrides.Override]) -> None:
-    """Run the experiment that the flags name.
+    """Run the experiment that the flags describe.
 
     Raises:
-      UserError: if flags or runs are invalid.
+      UserError: if the flags or the run are invalid.
     """
     if len(argv) > 1:
-        raise UserError(f'unexpected argument {argv[1]!r}; flags are --NAME=VALUE')
+        raise UserError(f'unexpected argument {argv[1]!r}: expected flags of the form --NAME=VALUE')
     if not WORKDIR.value or not OUT.value:
         raise UserError('--workdir=DIRECTORY and --out=DIRECTORY are both required')
     if not all(rank.isdigit() and int(rank) for rank in RANKS.value):
-        raise UserError(f'--ranks={",".join(RANKS.value)}: expected numbers of at least 1')
+        raise UserError(f'--ranks={",".join(RANKS.value)}: expected integers of at least 1')
     logging.set_verbosity(logging.WARNING)  # orbax writes a page per checkpoint
     form: Any = FORM.value  # absl knows only that it is text
     settings = Settings(
@@ -48,7 +48,7 @@ def main(argv: Sequence[str], changes: Sequence[overrides.Override]) -> None:
 
 
 def start() -> None:
-    """Parse the command line and run; a user error ends with one line and exit code 1."""
+    """Parse the command line and run; a UserError is printed on one line, with exit code 1."""
     changes: list[overrides.Override] = []
 
     def parse(argv: list[str]) -> list[str]:

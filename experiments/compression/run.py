@@ -1,23 +1,23 @@
-"""Is a full MI that is trained and compressed better than a low-rank one from scratch?
+"""Comparison of a trained and compressed full MI with a low-rank MI trained from scratch.
 
-A trained run with a full MI gives three arms per rank, measured by the run's own evaluation:
+A trained run with a full MI yields three arms for each rank, which are evaluated like the run:
 
-compressed     the layers of the run, compressed
-fine-tuned     the same after a few hundred more steps
-from scratch   the compressed form from its own initial values, for the steps of the run and of the
-               fine-tuning together
+compressed     the compressed layers of the run
+fine-tuned     the compressed layers after a few hundred more steps
+from scratch   the compressed form with new initial parameters, trained for as many steps as the run
+               and the fine-tuning together
 
     python -m mi.main --config=configs/lm.py:quickstart --config.model.fusion.name=mi \
         --workdir=runs/lm
     python -m experiments.compression --workdir=runs/lm --out=runs/lm_compression \
         --ranks=1,2,4,8,16,32 --steps=300 --calibration=4096
 
---config.KEY=VALUE sets a key of the fine-tuning, such as --config.optim.learning_rate=1e-4. --steps
-has the unit of config.train.steps, updates of a language model and environment steps of an agent.
-Runs that are done are not repeated, so the command continues what was interrupted. OUT/report has
-compression.csv, compression.md, and the figure compression.png, .pdf and .svg.
+--config.KEY=VALUE overrides the config of the fine-tuning, as in --config.optim.learning_rate=1e-4.
+--steps has the unit of config.train.steps: updates of a language model, or environment steps of an
+agent. The command skips runs that are done, so that it can resume an interrupted experiment.
+OUT/report has compression.csv, compression.md, and the figure as compression.png, .pdf and .svg.
 
-The question is ours.
+Source: the question is ours.
 """
 
 import csv
@@ -55,15 +55,15 @@ Values = dict[str, dict[float, dict[int, float]]]  # arm → rank → seed → v
 
 
 class Settings(NamedTuple):
-    """What is compressed and how.
+    """Options of the experiment.
 
     Attributes:
       workdir: run directory of the full MI.
-      out: directory of the runs of this experiment.
-      form: form of the compression.
-      steps: steps of the fine-tuning.
-      calibration: number of inputs at which outputs are fitted; 0 for the nearest W.
-      changes: overrides of the fine-tuning.
+      out: output directory, in which the runs of this experiment are.
+      form: compressed form of the layers.
+      steps: number of steps of the fine-tuning.
+      calibration: number of inputs at which outputs are fitted; 0 to approximate W itself.
+      changes: config overrides for the fine-tuning.
     """
 
     workdir: pathlib.Path
@@ -75,7 +75,7 @@ class Settings(NamedTuple):
 
 
 def run(settings: Settings, ranks: Sequence[int]) -> Values:
-    """Run what is not done yet, and return the values of all arms."""
+    """Run all arms that are not done yet, and return the values of all arms."""
     base = read_config(settings.workdir)
     metric = find_metric(settings.workdir)
     values: Values = {arm: {} for arm in ARMS}
@@ -104,7 +104,7 @@ def run(settings: Settings, ranks: Sequence[int]) -> Values:
 
 
 def train(run_path: pathlib.Path) -> None:
-    """Train a run to its end; nothing if it is done.
+    """Train a run to its end, unless it is done.
 
     Raises:
       UserError: if the run fails.
@@ -113,11 +113,11 @@ def train(run_path: pathlib.Path) -> None:
         return
     command = [sys.executable, '-m', 'mi.main', f'--workdir={run_path}']
     if exit_code := subprocess.run(command, check=False).returncode:
-        raise UserError(f'{run_path} ended with exit code {exit_code}; see above')
+        raise UserError(f'{run_path} failed with exit code {exit_code}. See the messages above')
 
 
 def find_metric(run_path: pathlib.Path) -> tuple[str, str]:
-    """Return the split and the metric of a run that count."""
+    """Return the split and the metric by which a run is compared."""
     split, metrics = MEASURES[read_config(run_path).task]
     records = [r for r in _read_records(run_path) if r['split'] == split]
     for metric in metrics:
@@ -127,12 +127,12 @@ def find_metric(run_path: pathlib.Path) -> tuple[str, str]:
 
 
 def read_values(run_path: pathlib.Path, metric: tuple[str, str], is_last: bool) -> dict[int, float]:
-    """Return the value of each seed at the last evaluation of a run, or at its first."""
+    """Return the metric of each seed at the last or the first evaluation of a run."""
     split, name = metric
     records = [r for r in _read_records(run_path) if r['split'] == split]
     steps = [record['step'] for record in records]
     if not steps or (not is_last and min(steps) != 0):
-        raise UserError(f'{run_path}: expected an evaluation {"" if is_last else "at step 0"}')
+        raise UserError(f'{run_path}: expected an evaluation{"" if is_last else " at step 0"}')
     step = max(steps) if is_last else 0
     return {record['seed']: float(record[name]) for record in records if record['step'] == step}
 
@@ -142,14 +142,14 @@ def _read_records(run_path: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def describe_cost(settings: Settings, rank: float) -> tuple[int, float]:
-    """Return the parameters of a compressed model, and the mean error of its layers."""
+    """Return the number of parameters of a compressed model, and the mean error of its layers."""
     tuned = settings.out / f'tuned_{settings.form}_{rank}'
     errors = [layer['error'] for layer in read_json(tuned / 'compressed.json')['errors']]
     return read_json(tuned / 'cost.json')['parameters']['model'], sum(errors) / len(errors)
 
 
 def write_report(settings: Settings, values: Values, metric: tuple[str, str]) -> pathlib.Path:
-    """Write the table as CSV and Markdown, and the figure; return their directory."""
+    """Write the figure, and the table as CSV and Markdown; return their directory."""
     report_path = settings.out / 'report'
     report_path.mkdir(parents=True, exist_ok=True)
     header = ['rank', 'parameters', 'error', *ARMS, FULL]
@@ -170,7 +170,7 @@ def write_report(settings: Settings, values: Values, metric: tuple[str, str]) ->
 
 
 def describe(settings: Settings) -> dict[str, Any]:
-    """Return the settings as a JSON object."""
+    """Convert the settings to a JSON object."""
     changes = {change.key: change.text for change in settings.changes}
     return settings._asdict() | {
         'workdir': str(settings.workdir),
@@ -180,7 +180,7 @@ def describe(settings: Settings) -> dict[str, Any]:
 
 
 def draw(values: Values, metric: str, form: str) -> Figure:
-    """Draw the metric against the rank, a line per arm."""
+    """Draw the metric against the rank, with a line for each arm."""
     figure = Figure(figsize=(5, 3.4), layout='constrained')
     axes = figure.subplots()
     styles = panels.assign_styles(ARMS, grey=[FULL])
@@ -203,7 +203,7 @@ def _list_values(values: Mapping[str, Mapping[float, Mapping[int, float]]]) -> l
 
 
 def _format(by_seed: Mapping[int, float], arm: str) -> str:
-    """Return a mean with its 95 % interval."""
+    """Format a mean with its 95 % interval."""
     estimate = statistics.estimate(by_seed, arm)
     if estimate.low is None or estimate.high is None:
         return f'{estimate.mean:.4f}'

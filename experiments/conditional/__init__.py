@@ -1,1 +1,1 @@
-"""Conditional statements and similarity metrics, which the paper names as its motivation."""
+"""Conditional statements and similarity metrics, with which the paper motivates MI."""

@@ -1,11 +1,11 @@
-"""Fitting conditional statements, or similarity metrics (preset 'metrics'), of x and z.
+"""Config that fits conditional statements or, with the preset 'metrics', similarity metrics.
 
     python -m mi.main --config=experiments/conditional/config.py --workdir=runs/statements
     python -m mi.main --config=experiments/conditional/config.py:metrics --workdir=runs/metrics
 
-A network for each of two targets, and ten seeds of both, train simultaneously.
+Two networks, one for each of two targets, are trained simultaneously with ten seeds.
 
-Source: the hypothesis is that of Jayakumar et al. (ICLR 2020); every constant is ours.
+Source: the hypothesis of Jayakumar et al. (ICLR 2020); all constants are ours.
 """
 
 import ml_collections

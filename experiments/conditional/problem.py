@@ -1,4 +1,4 @@
-"""Fit conditional statements and similarity metrics of two streams.
+"""Conditional statements and similarity metrics of two streams, x and z.
 
     conditional        y = A₁x if z₁ > 0 else A₀x
     choice             y = A_c x,  c = argmax_{j ≤ K} z_j
@@ -8,16 +8,17 @@
 x and z have d independent standard Gaussian entries. Each seed draws its matrices A [d, d], whose
 rows are uniform on the unit sphere. Every output then has mean 0 and variance 1.
 
-Errors are mean squared errors divided by the variance of y, so that 1 is that of the mean. A second
-evaluation multiplies x by `problem.far_scale`: inputs of another norm than in training.
+Errors are mean squared errors divided by the variance of y, so that predicting the mean has an
+error of 1. A second evaluation multiplies x by `problem.far_scale`, so that its norm differs from
+training.
 
-A run trains a network for each target of `problem.targets`. They share the inputs of a batch and
-nothing else; the number of parameters is that of one.
+A run trains one network for each target in `problem.targets`. The networks only share the inputs of
+a batch. The reported number of parameters is that of one network.
 
-Shapes: x, z [..., d]; y [..., k] with k = d for a statement and 1 for a metric; T targets.
+Shapes: x, z [..., d]; y [..., k] with k = d for a statement and k = 1 for a metric; T targets.
 
-Source: that conditional statements and similarity metrics are what a multiplicative interaction
-suits is the hypothesis of Jayakumar et al. (ICLR 2020). These four functions are ours.
+Source: Jayakumar et al. (ICLR 2020) hypothesize that multiplicative interactions suit conditional
+statements and similarity metrics. These four functions are ours.
 """
 
 import dataclasses
@@ -37,25 +38,25 @@ from mi.fit.problem import Costs, Metrics, Params, Problem, World
 
 
 def compute_cosine(x: Array, z: Array) -> Array:
-    """Return √d xᵀz / (‖x‖ ‖z‖), [..., 1]."""
+    """Compute √d xᵀz / (‖x‖ ‖z‖), [..., 1]."""
     norms = jnp.linalg.norm(x, axis=-1) * jnp.linalg.norm(z, axis=-1)
     return (math.sqrt(x.shape[-1]) * jnp.sum(x * z, -1) / norms)[..., None]
 
 
 def compute_squared_distance(x: Array, z: Array) -> Array:
-    """Return (‖x − z‖² − 2d) / √(8d), [..., 1]."""
+    """Compute (‖x − z‖² − 2d) / √(8d), [..., 1]."""
     dimension = x.shape[-1]
     distance = jnp.sum(jnp.square(x - z), -1)
     return ((distance - 2 * dimension) / math.sqrt(8 * dimension))[..., None]
 
 
 def branch_on_sign(z: Array, num_branches: int) -> Array:
-    """Return 1 where z₁ > 0, else 0, [...]."""
+    """Return branch 1 where z₁ > 0, and branch 0 elsewhere, [...]."""
     return (z[..., 0] > 0).astype(jnp.int32)
 
 
 def branch_on_largest(z: Array, num_branches: int) -> Array:
-    """Return which of the first K entries of z is the largest, [...] from 0 to K − 1."""
+    """Return the index of the largest of the first K entries of z, [...]."""
     return jnp.argmax(z[..., :num_branches], -1)
 
 
@@ -71,7 +72,7 @@ STATEMENTS: dict[str, Callable[[Array, int], Array]] = {
 
 
 def _check_targets(targets: object) -> str:
-    """Describe what was expected, as a rule of `mi.config`; '' if the targets are valid."""
+    """Return a description of valid targets, or '' if the targets are valid."""
     if not isinstance(targets, tuple) or not targets or len(set(targets)) < len(targets):
         return 'a non-empty tuple of distinct targets'
     known = [*STATEMENTS, *METRICS]
@@ -94,12 +95,12 @@ SCHEMA: dict[str, Rule] = {
 
 
 class Target(NamedTuple):
-    """A function of x and z.
+    """A target function of x and z.
 
     Attributes:
       name: a key of STATEMENTS or METRICS.
-      dimension: d.
-      branches: K of a statement, 0 for a metric.
+      dimension: size of x and z, d.
+      branches: number of branches K of a statement; 0 for a metric.
     """
 
     name: str
@@ -117,7 +118,7 @@ class Target(NamedTuple):
         return A / jnp.linalg.norm(A, axis=-1, keepdims=True)
 
     def compute(self, A: Array, x: Array, z: Array) -> Array:
-        """Return y [..., k] at x and z [..., d], for the matrices A [K, d, d]."""
+        """Compute y [..., k] from x and z [..., d], with matrices A [K, d, d]."""
         if not self.branches:
             return METRICS[self.name](x, z)
         branch = STATEMENTS[self.name](z, self.branches)
@@ -125,10 +126,10 @@ class Target(NamedTuple):
 
 
 class ContextMLP(nn.Module):
-    """An MLP of x and c = φ(Ez + e): z passes a hidden layer of its own before it meets x.
+    """An MLP of x and c = φ(Ez + e), in which a hidden layer encodes z before its fusion with x.
 
     Attributes:
-      mlp: the MLP, with fusions of x and c; c has its width, and φ is its activation.
+      mlp: MLP that fuses x and c. c has the width of the MLP, and φ is its activation.
     """
 
     mlp: network.FusedMLP
@@ -142,13 +143,13 @@ class ContextMLP(nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class Functions(Problem):
-    """Fit functions of x and z, a network for each; every batch is drawn fresh.
+    """The problem of fitting functions of x and z, with one network for each and fresh batches.
 
     Attributes:
-      model: (x, z) [..., d] → [..., k].
-      targets: what is fitted.
+      model: module (x, z) → y.
+      targets: functions to fit.
       eval_examples: number of examples in an evaluation.
-      far_scale: factor on x in the evaluation 'far'.
+      far_scale: factor by which the evaluation 'far' multiplies x.
     """
 
     model: nn.Module
@@ -162,13 +163,13 @@ class Functions(Problem):
         return self.targets[0].dimension
 
     def draw_world(self, key: PRNGKey) -> World:
-        """Draw the matrices [K, d, d] of every target, by its name."""
+        """Draw the matrices [K, d, d] of each target, by name."""
         keys = jax.random.split(key, len(self.targets))
         pairs = zip(self.targets, keys, strict=True)
         return {target.name: target.draw_matrices(target_key) for target, target_key in pairs}
 
     def compute_targets(self, world: World, x: Array, z: Array) -> Array:
-        """Return y [T, ..., k] at x and z [..., d]."""
+        """Compute y [T, ..., k] of all targets from x and z [..., d]."""
         return jnp.stack([target.compute(world[target.name], x, z) for target in self.targets])
 
     def init_params(self, key: PRNGKey, world: World) -> Params:
@@ -177,18 +178,18 @@ class Functions(Problem):
         return jax.vmap(lambda key: self.model.init(key, zeros, zeros))(keys)
 
     def model_params(self, params: Params) -> Params:
-        """Return the parameters of the first network; all have equally many."""
+        """Return the shapes of the parameters of one network, which all networks share."""
         return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), params)
 
     def predict(self, params: Params, x: Array, z: Array) -> Array:
-        """Return the predictions [T, ..., k] of all networks at x and z [..., d]."""
+        """Compute the predictions [T, ..., k] of all networks from x and z [..., d]."""
         predictions: Array = jax.vmap(self.model.apply, in_axes=(0, None, None))(params, x, z)
         return predictions
 
     def _compare(
         self, params: Params, world: World, key: PRNGKey, examples: int, scale: float = 1.0
     ) -> tuple[Array, Array]:
-        """Return mean squared errors [T] on new examples, and variances of y [T] among them."""
+        """Compute the mean squared errors [T] and the variances of y [T] on new examples."""
         x, z = jax.random.normal(key, (2, examples, self.dimension))
         x = scale * x
         y = self.compute_targets(world, x, z)
@@ -200,7 +201,7 @@ class Functions(Problem):
         return mse.sum(), {'mse': mse.mean()}
 
     def evaluate(self, params: Params, world: World, key: PRNGKey) -> dict[str, Metrics]:
-        """Return `nmse/TARGET`, error / variance, and their mean, as in training and far."""
+        """Compute `nmse/TARGET`, the error divided by the variance, in the splits eval and far."""
         metrics = {}
         for split, scale in (('eval', 1.0), ('far', self.far_scale)):
             mse, variance = self._compare(params, world, key, self.eval_examples, scale)
@@ -215,17 +216,17 @@ class Functions(Problem):
 
 
 def make(config: ml_collections.ConfigDict) -> Functions:
-    """Build the problem of a config.
+    """Build the problem that a config describes.
 
     Raises:
-      UserError: if z has fewer entries than the choice has branches.
+      UserError: if z has fewer entries than the target 'choice' has branches.
     """
     problem = config.problem
     if 'choice' in problem.targets and problem.branches > problem.dimension:
         raise UserError(
             f'config.problem.branches = {problem.branches}: expected at most '
             f'config.problem.dimension = {problem.dimension}, because each branch '
-            f'has its entry of z'
+            f'needs its own entry of z'
         )
     branches = {'conditional': 2, 'choice': problem.branches}
     targets = tuple(

@@ -1,18 +1,18 @@
-"""Whether a conditional statement or a similarity metric separates concatenation from MI.
+"""Sweep that compares fusions on conditional statements and similarity metrics.
 
-Four functions of x and z, each fitted by networks of about 1,000 parameters, and the statements of
-300 too, that differ in how z enters. Errors on inputs as in training, and on inputs x of three
-times their norm. Five seeds, and five others, in one run.
+Networks of about 1,000 parameters, and for the statements also of 300, fit four functions of x and
+z. They differ in the fusion with z. Errors are measured on the training distribution, and on inputs
+x with three times the norm. One run trains two sets of five seeds.
 
     XLA_FLAGS=--xla_backend_optimization_level=1 python -m launch.local \
         --sweep=experiments/conditional/sweep.py --workdir=runs/conditional
 
-Most of a run is compilation, which the flag makes shorter.
+A run spends most of its time on compilation, which the flag shortens.
 
-The report also has conditional.png, .pdf and .md: both errors, and the ratio to the best
+The report also has conditional.png, .pdf and .md, with both errors and their ratios to the best
 concatenation.
 
-Source: the hypothesis is that of Jayakumar et al. (ICLR 2020); the experiment is ours.
+Source: the hypothesis of Jayakumar et al. (ICLR 2020); the experiment is ours.
 """
 
 import pathlib
@@ -58,13 +58,13 @@ ArmByKey = dict[tuple[str, str, int], runs.Arm]  # preset, network, parameters â
 
 
 class Network(NamedTuple):
-    """A network of the comparison.
+    """A network in the comparison.
 
     Attributes:
-      name: its name in tables and figures.
-      fusion: name of the fusion of x with z, the first map of x.
-      depth: number of hidden layers of x.
-      encodes_context: whether z passes a hidden layer of its own first.
+      name: name of the network in tables and figures.
+      fusion: name of the fusion of x and z, which is the first layer.
+      depth: number of hidden layers.
+      encodes_context: whether a hidden layer encodes z before the fusion.
     """
 
     name: str
@@ -74,7 +74,7 @@ class Network(NamedTuple):
 
     @property
     def overrides(self) -> Overrides:
-        """The overrides of the config that make this network."""
+        """The config overrides that select this network."""
         return {
             'model.fusion.name': self.fusion,
             'model.depth': self.depth,
@@ -116,7 +116,7 @@ def sweep() -> list[Overrides]:
 
 
 def report(workdir: pathlib.Path, out: pathlib.Path) -> None:
-    """Draw both errors of each network, and write them with ratios to concat as tables."""
+    """Draw both errors of each network, and write tables of errors and of ratios to concat."""
     sweep = runs.read_sweep(workdir)
     arms = {_make_key(arm): arm for arm in sweep.arms if arm.finite_values(METRIC, SPLIT)}
 
@@ -161,7 +161,7 @@ def _make_key(arm: runs.Arm) -> tuple[str, str, int]:
 
 
 def _draw_errors(axes: Axes, arms: ArmByKey, preset: str, target: str) -> None:
-    """Draw a line per network: a mark per size and split at the geometric mean, with intervals."""
+    """Draw the geometric mean and the interval of each network, by size and split."""
     for split_index, (split, split_title) in enumerate(SPLITS.items()):
         color = plots.PALETTE[split_index]
         for size in SIZES[preset]:
@@ -189,7 +189,7 @@ def _draw_errors(axes: Axes, arms: ArmByKey, preset: str, target: str) -> None:
 
 
 def find_best_concat(errors: Mapping[str, Errors]) -> str | None:
-    """Return the concat network with the lowest geometric mean of {network: {seed: error}}."""
+    """Find the concat network with the lowest geometric mean in {network: {seed: error}}."""
     means = {
         name: ratios.estimate_geometric_mean(by_seed, name).mean
         for name, by_seed in errors.items()
@@ -199,7 +199,7 @@ def find_best_concat(errors: Mapping[str, Errors]) -> str | None:
 
 
 def _tabulate_errors(arms: ArmByKey, preset: str, target: str, split: str) -> str:
-    """Tabulate errors by size, and ratios to the best concat of that size; '' without any."""
+    """Tabulate the errors by size, and their ratios to the best concat network of that size."""
     errors: dict[str, dict[int, Errors]] = {network.name: {} for network in NETWORKS[preset]}
     for (arm_preset, name, size), arm in arms.items():
         if arm_preset == preset:
@@ -236,7 +236,7 @@ def _format_error(errors: Errors | None, name: str) -> str:
 
 
 def _format_ratios(errors: Errors, baseline: Errors, name: str) -> str:
-    """Write the ratio to the baseline in each set of seeds; â€” for the baseline itself."""
+    """Format the ratio to the baseline in each set of seeds; the baseline itself has a dash."""
     if not errors or errors is baseline:
         return tables.NONE
     cells = []

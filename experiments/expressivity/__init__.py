@@ -1,1 +1,1 @@
-"""How many parameters a product of x and z costs."""
+"""Number of parameters that networks need to fit a product of x and z."""

@@ -1,16 +1,16 @@
-"""Fitting xᵀz: the smallest network that reaches an error (task 'search'), or one of them (fit).
+"""Config that searches for the smallest network that fits xᵀz, or fits one network ('fit').
 
     python -m mi.main --config=experiments/expressivity/config.py --workdir=runs/product
     python -m mi.main --config=experiments/expressivity/config.py:fit --workdir=runs/surface
     python -m mi.main --config=experiments/expressivity/config.py:paper --workdir=runs/paper
 
-A search trains about a dozen widths of each dimension, with three learning rates and five seeds.
+A search trains about a dozen widths for each dimension, with three learning rates and five seeds.
 
-Source: the question, the targets xᵀz and xᵀWz and the mean squared error of 0.1 on Gaussian inputs
-are of Jayakumar et al. (ICLR 2020), expressivity. The preset 'paper' has its protocol as far as it
-is known: Adam, 6,000 steps of 100 examples, the best of three learning rates, and a plot up to
-2,500 parameters. One hidden layer is recalled. A constant learning rate, Adam's other constants,
-the widths that are tried, when and on what errors are measured, and five seeds are ours.
+Source: Jayakumar et al. (ICLR 2020), section on expressivity, for the question, the targets xᵀz and
+xᵀWz, and the mean squared error of 0.1 on Gaussian inputs. The preset 'paper' follows their
+protocol as far as it is known: Adam, 6,000 steps of 100 examples, the best of three learning rates,
+and a plot up to 2,500 parameters. One hidden layer is recalled from memory. The constant learning
+rate, the other constants of Adam, the choice of widths, the evaluation and the five seeds are ours.
 Everything else in the other presets is ours.
 """
 

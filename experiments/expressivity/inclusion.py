@@ -1,18 +1,19 @@
-"""The product of two numbers: an MI has it exactly, a ReLU network the better the larger it is.
+"""Sweep on the product of two numbers, which MI represents exactly and ReLU networks approximate.
 
-Networks of ReLU layers on the concatenation of x and z, of one and two hidden layers of several
-widths, and one MI without a hidden layer, all trained on y = xz with Gaussian x and z. That an MI
-network can be any of these ReLU networks as well, with W = 0 and their U, V and b, needs no
-training: a test shows it bit for bit (tests/experiments/test_expressivity.py). Five seeds, and once
-more with five others.
+ReLU networks on the concatenation of x and z, with one or two hidden layers of several widths, and
+one MI without a hidden layer are trained on y = xz with Gaussian x and z. An MI network can also
+represent each of these ReLU networks, with W = 0 and their U, V and b. This needs no training, and
+a test checks it bit for bit (tests/experiments/test_expressivity.py). Every arm is trained with two
+sets of five seeds.
 
     python -m launch.local --sweep=experiments/expressivity/inclusion.py --workdir=runs/inclusion \
         --parallel=2
 
-Ten minutes on two cores. The report also has inclusion.png and .pdf: the error against the size,
-and where on the plane the errors of two networks are.
+The sweep takes ten minutes on two cores. The report also has inclusion.png and .pdf, with the error
+against the number of parameters, and the errors of two networks on the plane of x and z.
 
-Source: the question is that of Jayakumar et al. (ICLR 2020), expressivity; the experiment is ours.
+Source: the question of Jayakumar et al. (ICLR 2020), section on expressivity; the experiment is
+ours.
 """
 
 import json
@@ -62,7 +63,7 @@ def sweep() -> list[Overrides]:
 
 
 def report(workdir: pathlib.Path, out: pathlib.Path) -> None:
-    """Draw the error against the size, and two surfaces of errors; nothing if no run is done."""
+    """Draw the error against the size, and two surfaces of errors, once a run is done."""
     arms = {
         arm.label: arm for arm in runs.read_sweep(workdir).arms if arm.finite_values(METRIC, SPLIT)
     }
@@ -96,7 +97,7 @@ def report(workdir: pathlib.Path, out: pathlib.Path) -> None:
 def _draw_errors(
     axes: Axes, arms: list[runs.Arm], label: str, color: str, dashes: plots.Dashes = '-'
 ) -> None:
-    """Draw medians over the seeds, and their range."""
+    """Draw the median and the range over seeds."""
     if not arms:
         return
     sizes = [arm.get_cost('parameters', 'model') for arm in arms]
@@ -112,7 +113,7 @@ def _draw_errors(
 
 
 def _draw_surface(axes: Axes, workdir: pathlib.Path, label: str, title: str) -> AxesImage | None:
-    """Draw |error| of the first seed on a square of x and z; nothing if it is missing."""
+    """Draw |error| of the first seed on a square of x and z, if it is available."""
     members = json.loads((workdir / 'sweep.json').read_text())['members']
     run_dir = workdir / next(member['name'] for member in members if member['label'] == label)
     axes.set(title=title, xlabel='x')

@@ -1,16 +1,16 @@
-"""Fit a product of two streams, and targets without one.
+"""A product of two streams, and targets without a product.
 
     product    y = xᵀz
-    bilinear   y = xᵀWz,  W = √d G / ‖G‖, each seed draws G [d, d]
+    bilinear   y = xᵀWz,  W = √d G / ‖G‖, where each seed draws G [d, d]
     additive   y = Σᵢ (u(xᵢ) + u(zᵢ)) / √2,  u(a) = (|a| − √(2/π)) / √(1 − 2/π)
     x_only     y = Σᵢ u(xᵢ)
 
-x and z are of dimension d, and they and G have independent standard Gaussian entries, so that every
-target has mean 0 and variance d. The last two have no interaction, so that its parameters are
-wasted there.
+The entries of x, z [d] and G are independent standard Gaussian variables, so that every target has
+mean 0 and variance d. The last two targets have no interaction, so that parameters of an
+interaction are wasted on them.
 
-Source: product and xᵀWz with a fixed W are of Jayakumar et al. (ICLR 2020), expressivity. How W is
-drawn, and the other targets, are ours.
+Source: xᵀz and xᵀWz with a fixed W are targets of Jayakumar et al. (ICLR 2020), section on
+expressivity. The distribution of W and the other targets are ours.
 """
 
 import dataclasses
@@ -31,12 +31,12 @@ POINTS = 121  # of the error surface, a side
 
 
 def centered_abs(a: Array) -> Array:
-    """Return u(a), which has mean 0 and variance 1 for a standard Gaussian a."""
+    """Compute u(a), which has mean 0 and variance 1 for a standard Gaussian a."""
     return (jnp.abs(a) - math.sqrt(2 / math.pi)) / math.sqrt(1 - 2 / math.pi)
 
 
 def compute_product(x: Array, z: Array) -> Array:
-    """Return xᵀz."""
+    """Compute xᵀz."""
     return jnp.sum(x * z, -1)
 
 
@@ -64,13 +64,13 @@ SCHEMA: dict[str, Rule] = {
 
 @dataclasses.dataclass(frozen=True)
 class Products(Problem):
-    """Fit a target of x and z; every batch is drawn fresh, so there is no training set.
+    """The problem of fitting a target of x and z, with fresh batches instead of a training set.
 
     Attributes:
-      model: (x, z) [..., d] → [..., 1].
-      target: (x, z) [..., d] → [...].
-      is_bilinear: whether the target is that of Wᵀx and z, with a matrix W of the seed.
-      dimension: d.
+      model: module that maps x and z [..., d] to [..., 1].
+      target: function that maps x and z [..., d] to [...].
+      is_bilinear: whether the target is computed from Wᵀx and z, with a matrix W of the seed.
+      dimension: size of x and z, d.
       eval_examples: number of examples in an evaluation.
     """
 
@@ -85,7 +85,7 @@ class Products(Problem):
         return {'W': draw_matrix(key, self.dimension)} if self.is_bilinear else {}
 
     def compute_target(self, world: World, x: Array, z: Array) -> Array:
-        """Return the target [...] at x and z [..., d]."""
+        """Compute the target [...] from x and z [..., d]."""
         return self.target(x @ world['W'] if self.is_bilinear else x, z)
 
     def init_params(self, key: PRNGKey, world: World) -> Params:
@@ -93,7 +93,7 @@ class Products(Problem):
         return self.model.init(key, zeros, zeros)
 
     def predict(self, params: Params, x: Array, z: Array) -> Array:
-        """Return the prediction [...] for x and z [..., d]."""
+        """Compute the prediction [...] from x and z [..., d]."""
         prediction: Array = self.model.apply(params, x, z)
         return prediction[..., 0]
 
@@ -117,7 +117,7 @@ class Products(Problem):
         return network.costs(self.model, vector, vector)
 
     def artifacts(self, params: Params, world: World, key: PRNGKey) -> Metrics:
-        """Return the error on a square grid, z along axis 0 and x along axis 1, if d = 1."""
+        """Return the error on a square grid if d = 1, with z along axis 0 and x along axis 1."""
         if self.dimension != 1:
             return {}
         coordinates = jnp.linspace(-SURFACE, SURFACE, POINTS)
@@ -127,7 +127,7 @@ class Products(Problem):
 
 
 def make(config: ml_collections.ConfigDict) -> Products:
-    """Build the problem of a config."""
+    """Build the problem that a config describes."""
     return Products(
         examples=config.train.batch,
         model=network.make(config.model, features=1, context='dense'),

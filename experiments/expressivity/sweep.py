@@ -1,18 +1,18 @@
-"""How large a network has to be to fit xᵀz, and two targets that have no product in them.
+"""Sweep that measures the size of networks that fit xᵀz, and two targets without a product.
 
-Networks of ReLU layers, whose first meets z with the fusion of the arm; for the
-concatenation one to three hidden layers. For each dimension of x and z, the smallest network that
-reaches a mean squared error of 0.1 on Gaussian inputs, found by bisection on the width with the
-best of three learning rates, for each of five seeds; once more with five others.
+The networks have ReLU layers, the first of which fuses x with z by the fusion of the arm.
+Concatenation has one to three hidden layers. For each dimension of x and z, a bisection on the
+width finds the smallest network with a mean squared error of 0.1 on Gaussian inputs, at the best of
+three learning rates. Every arm is trained with two sets of five seeds.
 
     python -m launch.local --sweep=experiments/expressivity/sweep.py --workdir=runs/growth \
         --parallel=2
 
-The report also has expressivity.png, .pdf and .md: parameters against the
-dimension, and the law of their growth.
+The report also has expressivity.png, .pdf and .md, with the number of parameters against the
+dimension, and the growth law.
 
-Source: the question, xᵀz and 0.1 are of Jayakumar et al. (ICLR 2020); networks, the other targets,
-training and search are ours.
+Source: Jayakumar et al. (ICLR 2020) for the question, xᵀz and the error of 0.1. The networks, the
+other targets, the training and the search are ours.
 """
 
 import pathlib
@@ -72,7 +72,7 @@ def sweep() -> list[Overrides]:
 
 
 def report(workdir: pathlib.Path, out: pathlib.Path) -> None:
-    """Draw parameters against the dimension, and write them and the growth laws as tables."""
+    """Draw the parameters against the dimension, and write tables of them and of growth laws."""
     sweep = runs.read_sweep(workdir)
     arms = [arm for arm in sweep.arms if arm.state == 'done']
     by_target = {
@@ -108,7 +108,7 @@ def report(workdir: pathlib.Path, out: pathlib.Path) -> None:
 
 
 def read_smallest_parameters(arm: runs.Arm) -> dict[int, dict[int, float]]:
-    """Return {dimension: {seed: parameters}}; ∞ where the target was not reached."""
+    """Read {dimension: {seed: parameters}}, with ∞ where the error was not reached."""
     smallest = {}
     for dimension in arm.config['search']['at']:
         by_seed = arm.final_values(f'parameters/{dimension}', SPLIT)
@@ -117,7 +117,7 @@ def read_smallest_parameters(arm: runs.Arm) -> dict[int, dict[int, float]]:
 
 
 def fit_growth_law(arm: runs.Arm) -> tuple[list[int], dict[int, float]]:
-    """Return the dimensions that all seeds reached, from `fit_from` on, and {seed: exponent}."""
+    """Fit {seed: exponent} to the dimensions that all seeds reached, starting at `fit_from`."""
     smallest, fit_from = read_smallest_parameters(arm), arm.config['search']['fit_from']
     dimensions = [
         dimension
@@ -145,7 +145,7 @@ def _name_network(arm: runs.Arm) -> str:
 def _draw_growth(
     axes: Axes, title: str, arms: Sequence[runs.Arm], styles: dict[str, panels.Style]
 ) -> None:
-    """Draw medians and the range of the seeds; a triangle where half of them need more."""
+    """Draw the median and the range over seeds, with a triangle where half of them need more."""
     for arm_index, arm in enumerate(arms):
         smallest, network = read_smallest_parameters(arm), _name_network(arm)
         color, dashes = styles[network]
@@ -170,7 +170,7 @@ def _draw_growth(
 
 
 def _tabulate_growth(arms: Sequence[runs.Arm]) -> str:
-    """Tabulate median parameters by dimension, how many seeds reached them, and the law."""
+    """Tabulate the median parameters by dimension, the number of seeds, and the growth law."""
     table_rows = []
     for arm in arms:
         table_row = [_name_network(arm)]

@@ -1,17 +1,18 @@
-"""How large a network has to be for a bilinear form and for xᵀz, by the protocol of the paper.
+"""Sweep that measures the size of networks for xᵀWz and xᵀz with the protocol of the paper.
 
-The smallest concat MLP with one hidden layer, up to dimensions 8 and 6 of x and z, the smallest MI
-with a read-out (MI, ReLU, affine map), and one unit of MI alone, these two up to dimension 20.
-Adam takes 6,000 steps of 100 examples with the best of three learning rates. The curves of the
-paper, as digitised from a slide, are drawn beside them.
+The arms are the smallest concat MLP with one hidden layer, up to dimensions 8 and 6 of x and z, and
+up to dimension 20 the smallest MI with a read-out (MI, ReLU, affine map) and a single MI unit. Adam
+takes 6,000 steps of 100 examples, at the best of three learning rates. The figure also shows the
+curves of the paper, digitized from a slide.
 
     python -m launch.local --sweep=experiments/expressivity/sweep_paper.py --workdir=runs/paper
 
-The report also has expressivity_paper.png, .pdf and .md: parameters against the dimension, and how
-well a power of d and an exponential of d fit them.
+The report also has expressivity_paper.png, .pdf and .md, with the number of parameters against the
+dimension, and the fits of a power of d and an exponential of d.
 
-Source: targets, steps, examples, learning rates and the error of 0.1 are of Jayakumar et al. (ICLR
-2020), expressivity; one hidden layer is recalled; how W is drawn and everything else is ours.
+Source: Jayakumar et al. (ICLR 2020), section on expressivity, for the targets, steps, examples,
+learning rates and the error of 0.1. One hidden layer is recalled from memory. The distribution of W
+and everything else are ours.
 """
 
 import csv
@@ -78,13 +79,13 @@ def sweep() -> list[Overrides]:
 
 
 class Laws(NamedTuple):
-    """Two laws fitted to parameters P(d) by least squares of ln P, with two constants each.
+    """Two growth laws, fitted to numbers of parameters P(d) by least squares of ln P.
 
     Attributes:
-      exponent: p of P = a dᵖ.
-      power_error: root mean square of what that law leaves of ln P.
-      rate: r of P = a rᵈ.
-      exponential_error: root mean square of what that law leaves of ln P.
+      exponent: p in the power law P = a dᵖ.
+      power_error: root mean square of the residuals of ln P for the power law.
+      rate: r in the exponential law P = a rᵈ.
+      exponential_error: root mean square of the residuals of ln P for the exponential law.
     """
 
     exponent: float
@@ -94,7 +95,7 @@ class Laws(NamedTuple):
 
 
 def fit_laws(curve: Curve) -> Laws | None:
-    """Fit a power of d and an exponential of d; None under three dimensions."""
+    """Fit a power of d and an exponential of d; return None for fewer than three dimensions."""
     if len(curve) < 3:
         return None
     dimensions, log_params = np.array(list(curve), float), np.log(list(curve.values()))
@@ -110,7 +111,7 @@ def fit_laws(curve: Curve) -> Laws | None:
 
 
 def read_paper_curves(path: pathlib.Path = PAPER_CURVES) -> dict[str, dict[int, float]]:
-    """Return {target: {dimension: parameters}} of the paper's MLP, digitised."""
+    """Read the digitized curves of the paper's MLP, {target: {dimension: parameters}}."""
     lines = [line for line in path.read_text().splitlines() if not line.startswith('#')]
     curves: dict[str, dict[int, float]] = {}
     for row in csv.DictReader(lines):
@@ -119,7 +120,7 @@ def read_paper_curves(path: pathlib.Path = PAPER_CURVES) -> dict[str, dict[int, 
 
 
 def report(workdir: pathlib.Path, out: pathlib.Path) -> None:
-    """Draw parameters against the dimension over the paper's, and write both tables."""
+    """Draw the parameters against the dimension, with the paper's curves, and write both tables."""
     sweep = runs.read_sweep(workdir)
     paper_curves = read_paper_curves()
     arms: dict[str, dict[str, runs.Arm]] = {target: {} for target in TARGETS}
@@ -163,7 +164,7 @@ def _draw_paper(axes: Axes, mlp: Curve) -> None:
 
 
 def _draw_smallest(axes: Axes, network: str, arm: runs.Arm) -> None:
-    """Draw the median over seeds and the range of those that reached the error."""
+    """Draw the median over seeds, and the range of seeds that reached the error."""
     by_seed = {
         dimension: np.array(list(values.values()))
         for dimension, values in growth.read_smallest_parameters(arm).items()
@@ -180,7 +181,7 @@ def _draw_smallest(axes: Axes, network: str, arm: runs.Arm) -> None:
 
 
 def _tabulate_smallest(arms: Mapping[str, runs.Arm], paper_mlp: Curve) -> str:
-    """Tabulate medians over seeds by dimension, and how many seeds reached the error."""
+    """Tabulate the medians over seeds by dimension, and the number that reached the error."""
     networks = [network for network in NETWORKS.values() if network in arms]
     by_network = {network: growth.read_smallest_parameters(arms[network]) for network in networks}
     table_rows = []
@@ -205,7 +206,7 @@ def _format_smallest(num_params: Sequence[float]) -> str:
 
 
 def read_seed_curves(arm: runs.Arm) -> dict[int, Curve]:
-    """Return {seed: {dimension: parameters}} over the dimensions that all seeds reached."""
+    """Read {seed: {dimension: parameters}} for the dimensions that all seeds reached."""
     smallest = growth.read_smallest_parameters(arm)
     reached = [d for d, by_seed in smallest.items() if np.isfinite(list(by_seed.values())).all()]
     return {seed: {d: smallest[d][seed] for d in reached} for seed in arm.seeds}
@@ -216,7 +217,7 @@ def _tabulate_laws(
     paper_curves: Mapping[str, Curve],
     draws: Sequence[Sequence[int]],
 ) -> str:
-    """Tabulate both laws of the MLPs: of the digitised curves, and of each set of seeds."""
+    """Tabulate both laws for the MLPs, from the digitized curves and from each set of seeds."""
     table_rows = []
     for target, paper_target in PAPER_TARGETS.items():
         title = f'paper, {TARGETS[target]}'

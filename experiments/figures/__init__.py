@@ -1,1 +1,1 @@
-"""Figures that several experiments share."""
+"""Figure helpers that several experiments share."""

@@ -1,4 +1,4 @@
-"""Styles, lines of means with intervals, ticks and rankings of several experiments."""
+"""Helpers for styles, lines with intervals, ticks, and agreement of rankings."""
 
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -15,7 +15,7 @@ Style = tuple[str, plots.Dashes]  # color and dashes
 
 
 def assign_styles(labels: Iterable[str], grey: Iterable[str] = ()) -> dict[str, Style]:
-    """Return distinct colors and dashes by label; shades of grey for the labels in `grey`."""
+    """Assign distinct colors and dashes to labels, and shades of grey to the labels in `grey`."""
     labels, grey = dict.fromkeys(labels), dict.fromkeys(grey)
     colored = [label for label in labels if label not in grey]
     styles: dict[str, Style] = {
@@ -29,7 +29,7 @@ def assign_styles(labels: Iterable[str], grey: Iterable[str] = ()) -> dict[str, 
 
 
 def draw_line(axes: Axes, values: Values, label: str, style: Style) -> None:
-    """Draw means over seeds with 95 % intervals; nothing where a value is not finite."""
+    """Draw means over seeds with 95 % intervals, except where a value is not finite."""
     estimates = {
         x: statistics.estimate(by_seed, label)
         for x, by_seed in values.items()
@@ -53,28 +53,28 @@ SUPERSCRIPTS = str.maketrans('-0123456789', '⁻⁰¹²³⁴⁵⁶⁷⁸⁹')
 
 
 def format_power(value: float, position: object = None) -> str:
-    """Write 0.001 as 10⁻³ and 0.002 as 2·10⁻³, in letters, as figures parse no mathematics."""
+    """Format 0.001 as 10⁻³ and 0.002 as 2·10⁻³, in Unicode, because figures do not parse TeX."""
     mantissa, exponent = f'{value:.3e}'.split('e')
     factor = '' if float(mantissa) == 1 else f'{float(mantissa):g}·'
     return f'{factor}10' + f'{int(exponent)}'.translate(SUPERSCRIPTS)
 
 
 def set_power_ticks(axis: Axis) -> None:
-    """Set ticks at powers of ten, and between them if there are too few."""
+    """Set ticks at powers of ten, with more ticks between them if there are too few."""
     axis.set_major_locator(plots.Decades())
     axis.set_major_formatter(FuncFormatter(format_power))
     axis.set_minor_locator(NullLocator())
 
 
 def set_ticks(axes: Axes, numbers: Sequence[float]) -> None:
-    """Set a logarithmic axis of x with these ticks and no others."""
+    """Make the x axis logarithmic, with exactly the given ticks."""
     axes.set_xscale('log')
     axes.set_xticks(list(numbers), [f'{number:.12g}' for number in numbers])
     axes.set_xticks([], minor=True)
 
 
 def format_mean(values: Mapping[int, float], label: str, digits: int = 3) -> str:
-    """Write mean [low, high] in `digits` significant digits; — unless all values are finite."""
+    """Format mean [low, high] with `digits` significant digits, or a dash for non-finite values."""
     if not _is_finite(values):
         return tables.NONE
     estimate = statistics.estimate(values, label)
@@ -86,11 +86,11 @@ def format_mean(values: Mapping[int, float], label: str, digits: int = 3) -> str
 def compute_agreement(
     values: Mapping[str, Mapping[int, float]], draws: Sequence[Sequence[int]]
 ) -> float | None:
-    """Return Kendall's τ of the rankings by the means of two sets of seeds; None if undefined.
+    """Compute Kendall's τ between the rankings of arms by two sets of seeds; None if undefined.
 
     Args:
-      values: {arm: {seed: value}}.
-      draws: the first two are compared; of arms that lack none of their seeds and are finite.
+      values: {arm: {seed: value}}. Arms with missing seeds or non-finite values are ignored.
+      draws: sets of seeds, of which the first two are compared.
     """
     complete = [
         by_seed
@@ -107,5 +107,5 @@ def compute_agreement(
 
 
 def _is_finite(values: Mapping[int, float]) -> bool:
-    """Return whether there are values and all are finite; the mean of some would be biased."""
+    """Return whether there are values and all are finite; a mean of the rest would be biased."""
     return bool(values) and bool(np.isfinite(list(values.values())).all())

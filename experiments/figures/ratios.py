@@ -1,4 +1,4 @@
-"""Geometric means over seeds, for numbers that differ by orders of magnitude, and their ratios."""
+"""Geometric means over seeds and their ratios, for values that span orders of magnitude."""
 
 import math
 from collections.abc import Mapping
@@ -9,14 +9,15 @@ from mi.report.tables import NONE
 
 
 def estimate_geometric_mean(values: Mapping[int, float], arm: str) -> Estimate:
-    """Return exp of the mean of logarithms with its interval, of {seed: positive value}.
+    """Estimate the geometric mean of {seed: value} with its interval.
 
     Raises:
-      ValueError: if there is no value, or one is not positive and finite.
+      ValueError: if there are no values, or if a value is not positive and finite.
     """
     if invalid_seeds := [seed for seed, value in values.items() if not value > 0]:
         raise ValueError(
-            f'{arm}: the value of seed {invalid_seeds[0]} is {values[invalid_seeds[0]]}'
+            f'{arm}: expected positive finite values, but seed {invalid_seeds[0]} has '
+            f'{values[invalid_seeds[0]]}'
         )
     logarithms = {seed: math.log(value) for seed, value in values.items()}
     return _exponentiate(statistics.estimate(logarithms, arm))
@@ -25,13 +26,13 @@ def estimate_geometric_mean(values: Mapping[int, float], arm: str) -> Estimate:
 def estimate_ratio(
     values: Mapping[int, float], baseline: Mapping[int, float], arm: str
 ) -> Estimate | None:
-    """Return the geometric mean of value / baseline, paired by seed; None if no seed has both."""
+    """Estimate the geometric mean of value / baseline over common seeds; None without any."""
     paired = {seed: values[seed] / baseline[seed] for seed in values if seed in baseline}
     return estimate_geometric_mean(paired, arm) if paired else None
 
 
 def format_estimate(estimate: Estimate | None) -> str:
-    """Write mean [low, high] in two significant digits."""
+    """Format mean [low, high] with two significant digits."""
     if estimate is None:
         return NONE
     mean, low, high = map(_format_number, (estimate.mean, estimate.low, estimate.high))

@@ -1,7 +1,6 @@
-"""Long predictions of several arms: their errors over time, and tables of scores.
+"""Figures of errors over time and tables of scores, for long predictions by several arms.
 
-Errors of different laws, and of different times, differ by orders of magnitude: means over seeds
-are geometric.
+Errors span orders of magnitude across laws and times. Therefore, means over seeds are geometric.
 """
 
 import json
@@ -27,7 +26,7 @@ class Style(NamedTuple):
 
 
 def load_artifacts(workdir: pathlib.Path, label: str) -> dict[str, np.ndarray]:
-    """Load the artefacts of an arm, with the seeds of all its runs joined; {} without any."""
+    """Load the artifacts of an arm, with all seeds concatenated; return {} if there are none."""
     members = json.loads((workdir / 'sweep.json').read_text())['members']
     run_dirs = [workdir / member['name'] for member in members if member['label'] == label]
     paths = [run_dir / 'artefacts.npz' for run_dir in run_dirs]
@@ -56,7 +55,7 @@ def draw_curve(axes: Axes, time: np.ndarray, values: np.ndarray, style: Style) -
 
 
 def draw_legend(figure: Figure, columns: int) -> None:
-    """Draw one legend below all panels, with each label once."""
+    """Draw a common legend below all panels, with each label once."""
     handles = {str(line.get_label()): line for axes in figure.axes for line in axes.get_lines()}
     labels = [label for label in handles if not label.startswith('_')]
     labeled = [handles[label] for label in labels]
@@ -79,10 +78,10 @@ def tabulate_scores(
     reference: str,
     draws: Sequence[Sequence[int]],
 ) -> str:
-    """Tabulate parameters and scores of {name: arm}, and the ratio to the reference's metric.
+    """Tabulate the parameters and scores of {name: arm}, and the ratios to a reference arm.
 
-    Means over seeds with intervals, as NOTE says; the ratio in each of the sets of seeds `draws`,
-    or of all seeds if there are none. There are none where a seed is not finite.
+    Scores are means over seeds with intervals, as NOTE explains. Ratios are computed in each set of
+    seeds in `draws`, or over all seeds if `draws` is empty. Non-finite values are omitted.
     """
     header = ['law', 'parameters', *map(tables.humanize, scores), 'valid']
     ratio_title = f'{tables.humanize(metric)} / that of {reference}'
@@ -111,7 +110,7 @@ def tabulate_scores(
 
 
 def _format_score(arm: Arm, law: str, score: str, split: str) -> str:
-    """Write the geometric mean of a score; of a drift, over the seeds that move."""
+    """Format the geometric mean of a score; for a drift, over the seeds that move."""
     values = arm.finite_values(score, split)
     if not values:
         return tables.NONE

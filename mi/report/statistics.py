@@ -64,7 +64,7 @@ def estimate(values: Mapping[int, float], arm: str) -> Estimate:
         raise ValueError(f'{arm}: expected at least one value')
     for seed, value in values.items():
         if not np.isfinite(value):
-            raise ValueError(f'{arm}: expected finite values, but seed {seed} has {value}')
+            raise ValueError(f'{arm}: the value of seed {seed} is {value}')
 
     # Without spread there is nothing to resample.
     sample = np.array([values[seed] for seed in sorted(values)], float)

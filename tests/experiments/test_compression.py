@@ -112,7 +112,7 @@ def test_a_run_that_is_done_is_not_repeated(tmp_path):
     (tmp_path / 'status.json').write_text(json.dumps({'state': 'done'}))
     compression.train(tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ['status.json']
-    with pytest.raises(compression.UserError, match=r'nothing ended with exit code 1'):
+    with pytest.raises(compression.UserError, match=r'nothing failed with exit code 1'):
         compression.train(tmp_path / 'nothing')
 
 
@@ -121,7 +121,7 @@ def test_a_run_that_is_done_is_not_repeated(tmp_path):
     ('flags', 'message'),
     [
         (['--workdir=a'], '--workdir=DIRECTORY and --out=DIRECTORY are both required'),
-        (['--workdir=a', '--out=b', '--ranks=1,x'], '--ranks=1,x: expected numbers'),
+        (['--workdir=a', '--out=b', '--ranks=1,x'], '--ranks=1,x: expected integers'),
         (['--workdir=a', '--out=b'], 'has no config.json'),
     ],
 )

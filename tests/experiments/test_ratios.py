@@ -13,7 +13,9 @@ def test_geometric_means_and_ratios():
     ratio = ratios.estimate_ratio({0: 2.0, 1: 600.0, 5: 1.0}, {0: 1.0, 1: 200.0, 2: 7.0}, 'arm')
     assert ratio.mean == pytest.approx(6**0.5) and ratio.num_seeds == 2
     assert ratios.estimate_ratio({0: 1.0}, {1: 1.0}, 'arm') is None
-    with pytest.raises(ValueError, match=r'arm: the value of seed 3 is 0\.0'):
+    with pytest.raises(
+        ValueError, match=r'arm: expected positive finite values, but seed 3 has 0\.0'
+    ):
         ratios.estimate_geometric_mean({1: 1.0, 3: 0.0}, 'arm')
 
 
