@@ -1,22 +1,23 @@
-"""Core × site × fusion of a language model, with the parameters of the concat arm.
+"""Sweep that compares fusions in language models, for two cores and two sites.
 
-An LSTM and a Transformer, byte level, a recurrent context; the fusion is at the token's
-embedding or at the output embedding. Arms of one core and site differ in the word of the fusion;
-the core is made larger or smaller so that all have the parameters of the concat arm there, within
-3 %. Three seeds.
+The models are a byte-level LSTM and Transformer with a recurrent context, which is fused at the
+input embedding or at the output embedding. Arms of the same core and site only differ in the
+fusion. The size of the core is adjusted so that all of them have as many parameters as the concat
+arm, within 3 %. Every arm is trained with three seeds.
 
     python -m launch.local --sweep=experiments/lm_fusion.py --workdir=runs/lm_fusion --parallel=2
     MI_ENWIK8=enwik8.gz python -m launch.local --sweep=experiments/lm_fusion.py …
 
-On Austen, a million bytes of it, for two cores. Or on enwik8 where MI_ENWIK8 says where it
-is, for a GPU: 8 million bytes of the first 9 million, evaluated on the first 0.5 MB of the standard
-validation text, so that the figures are not enwik8's.
+By default, the text is one million bytes of Austen, for two CPU cores. If MI_ENWIK8 is set to the
+path of enwik8, the sweep is for a GPU. It then trains on 8 million of the first 9 million bytes,
+and evaluates on the first 0.5 MB of the standard validation text, so that the results are not
+comparable to published results on enwik8.
 
-The report also has lm_fusion.md and lm_fusion.png, .pdf: differences to concat of the same core and
-site, paired by seed.
+The report also has lm_fusion.md, .png and .pdf, with the differences from the concat arm of the
+same core and site, paired by seed.
 
-Source: the question is that of Jayakumar et al. (ICLR 2020), section on language modelling;
-models, sizes and text are ours.
+Source: the question of Jayakumar et al. (ICLR 2020), section on language modeling. The models,
+sizes and texts are ours.
 """
 
 import os
@@ -77,7 +78,7 @@ def sweep() -> list[Overrides]:
 
 
 def report(workdir: pathlib.Path, out: pathlib.Path) -> None:
-    """Compare each arm with concat of its own core and site, as a table and a figure."""
+    """Compare each arm with the concat arm of the same core and site, in a table and a figure."""
     arms_by_site: dict[tuple[str, str], dict[str, runs.Arm]] = {}
     sweep = runs.read_sweep(workdir)
     for arm in sweep.arms:
@@ -125,7 +126,7 @@ def report(workdir: pathlib.Path, out: pathlib.Path) -> None:
 
 
 def _format_cells(arm: runs.Arm, gap: statistics.Estimate | None) -> list[str]:
-    """Write mean, difference to concat, costs and seconds of an arm."""
+    """Format the mean, the difference from concat, the costs and the seconds of an arm."""
     mean = statistics.estimate(arm.final_values(METRIC, SPLIT), arm.label)
     return [
         str(tables.format_interval(mean, 4)),
@@ -142,7 +143,7 @@ def _draw_gaps(
     concat_values: Mapping[int, float],
     mean_gap: statistics.Estimate | None,
 ) -> None:
-    """Draw the difference to concat of each seed, and their mean; nothing if no seed has both."""
+    """Draw the difference from concat of each common seed, and the mean difference."""
     if mean_gap is None:
         return
     paired_seeds = [seed for seed in values if seed in concat_values]

@@ -1,21 +1,24 @@
-"""The language-model table in the paper's shape: a multiplicative encoder, decoder, or both.
+"""Sweep for a language-model table like the paper's: multiplicative encoder, decoder, or both.
 
-An LSTM without a context, and with a context that meets the token at the input embedding (encoder),
-at the output embedding (decoder), or at both: by a full MI, or by concatenation at the same place.
-The context is the state of a small LSTM of its own (recurrent), or the core's previous state
-(state). All arms have the parameters of the plain LSTM within 3 %, by the size of the core.
+The arms are a plain LSTM, and LSTMs that fuse the token with a context at the input embedding
+(encoder), at the output embedding (decoder), or at both, by a full MI or by concatenation. The
+context is the state of a separate small LSTM (recurrent), or the previous state of the core
+(state). The size of the core is adjusted so that all arms have as many parameters as the plain
+LSTM, within 3 %.
 
     python -m launch.local --sweep=experiments/lm_table.py --workdir=runs/lm_table --parallel=1
 
-Words of four novels by Jane Austen, for one CPU core. The same table for other texts:
+The text is four novels by Jane Austen at word level, for one CPU core. Other sweeps make the same
+table for other texts:
 
-    experiments/lm_table_enwik8.py        bytes, the first 10 MB of enwik8
+    experiments/lm_table_enwik8.py        the first 10 MB of enwik8, at byte level
     experiments/lm_table_wikitext103.py   WikiText-103, for GPUs
 
-The report also has lm_table.md and .tex, the table; and lm_table.png, .pdf: test scores.
+The report also has the table, as lm_table.md and .tex, and test scores, as lm_table.png and .pdf.
 
-Source: rows, and the validation and test columns, are those of the table of Jayakumar et al. (ICLR
-2020) as far as it is known, see docs/paper.md. Sizes, text, training and the context are ours.
+Source: the rows and the validation and test columns follow the table of Jayakumar et al. (ICLR
+2020) as far as it is known, see docs/paper.md. The sizes, the text, the training and the context
+are ours.
 """
 
 import pathlib
@@ -57,7 +60,7 @@ MEASURES = ('perplexity', 'bits_per_byte')
 
 
 class Place(NamedTuple):
-    """Where a context enters, and from where: config.model.site and config.model.source."""
+    """The site and the source of a context: config.model.site and config.model.source."""
 
     site: str
     source: str
@@ -81,7 +84,7 @@ def sweep() -> list[Overrides]:
 
 
 def report(workdir: pathlib.Path, out: pathlib.Path) -> None:
-    """Write the table as Markdown and LaTeX, and draw its test scores."""
+    """Write the table as Markdown and LaTeX, and draw the test scores."""
     sweep = runs.read_sweep(workdir)
     arms = select_arms(sweep)
     shape = tabulate_scores(arms)
@@ -109,7 +112,7 @@ def report(workdir: pathlib.Path, out: pathlib.Path) -> None:
 
 
 def select_arms(sweep: runs.Sweep) -> Arms:
-    """Return the arms whose validation and test scores are finite, in the order of the table."""
+    """Select the arms with finite validation and test scores, in the order of the table."""
     finished: dict[tuple[Place, str], runs.Arm] = {}
     for arm in sweep.arms:
         if all(arm.finite_values(sweep.metric, split) for split in SPLITS):
@@ -123,7 +126,7 @@ def select_arms(sweep: runs.Sweep) -> Arms:
 
 
 def tabulate_scores(arms: Arms) -> tuple[list[Cell], list[list[Cell]]]:
-    """Return header and body of the table in the paper's shape: validation and test scores."""
+    """Return the header and the body of the table of validation and test scores."""
     # A column for each measure and split; bits per byte where the text has them.
     header = [Cell('model'), Cell('context')]
     columns: list[list[Cell]] = []
@@ -149,9 +152,10 @@ def tabulate_scores(arms: Arms) -> tuple[list[Cell], list[list[Cell]]]:
 
 
 def tabulate_differences(arms: Arms, metric: str) -> tuple[list[Cell], list[list[Cell]]]:
-    """Return header and body: differences to the plain LSTM, and to concat at the same place.
+    """Return the header and the body of a table of differences.
 
-    p is that of MI and concat at the same place on the test split, corrected for all places.
+    The differences are from the plain LSTM, and from concat at the same site and source. The
+    p-value tests MI against concat on the test split, corrected for all sites and sources.
     """
     # Differences of each row, by split and by the arm that they refer to; concat comes last.
     header = [Cell('model'), Cell('context')]
@@ -175,7 +179,7 @@ def tabulate_differences(arms: Arms, metric: str) -> tuple[list[Cell], list[list
 
 
 def draw_scores(arms: Arms, metric: str, metric_title: str) -> Figure:
-    """Draw the test score of every arm: a panel for each source, a line for each site."""
+    """Draw the test score of every arm, with a panel for each source and a line for each site."""
     figure = Figure(figsize=(plots.WIDTH, 2.2), layout='constrained')
     panels = figure.subplots(1, len(SOURCES), sharex=True, sharey=True)
     colors = dict(zip(FUSIONS, plots.PALETTE[1::-1], strict=True))
@@ -198,7 +202,7 @@ def draw_scores(arms: Arms, metric: str, metric_title: str) -> Figure:
 
 
 def _draw_band(axes: Axes, mean: Estimate | None) -> None:
-    """Draw mean and interval of the plain LSTM over all lines."""
+    """Draw the mean and the interval of the plain LSTM across all lines."""
     if mean is None:
         return
     axes.axvline(mean.mean, color=plots.GREY, lw=0.8, label='LSTM without context')
@@ -209,7 +213,7 @@ def _draw_band(axes: Axes, mean: Estimate | None) -> None:
 def _draw_arm(
     axes: Axes, y: float, arm: runs.Arm, metric: str, color: str, label: str | None
 ) -> None:
-    """Draw the score of each seed as a circle, and their mean as a bar."""
+    """Draw the score of each seed as a circle, and the mean as a bar."""
     values = arm.finite_values(metric, SPLIT)
     axes.plot([*values.values()], [y] * len(values), 'o', mfc='none', ms=3, color=color, alpha=0.6)
     mean = statistics.estimate(values, arm.label).mean
@@ -230,9 +234,10 @@ def _estimate(arm: runs.Arm, metric: str, split: str) -> Estimate | None:
 def _find_gaps(
     arms: Arms, key: tuple[Place, str], reference: str, metric: str, split: str
 ) -> dict[int, float]:
-    """Return {seed: score − that of the reference}: the plain LSTM, or concat at the same place.
+    """Return {seed: score − score of the reference}.
 
-    It is empty for the reference itself, and without the reference.
+    The reference is the plain LSTM, or concat at the same site and source. The result is empty for
+    the reference itself, and if there is no reference.
     """
     reference_key = (PLAIN, '') if reference == 'plain' else (key[0], 'concat')
     if key == reference_key or reference_key not in arms:

@@ -1,11 +1,12 @@
-"""The language-model table in the paper's shape, of bytes: the first 10 MB of enwik8.
+"""Sweep for the language-model table on bytes, the first 10 MB of enwik8.
 
     MI_DATA=DIR python -m launch.local --sweep=experiments/lm_table_enwik8.py --workdir=runs/enwik8
 
-DIR holds enwik8, plain or packed. The arms train on the first 10 MB, and are evaluated on the first
-0.5 MB of its standard validation and test texts, so that no figure compares with a published one.
+DIR contains enwik8, plain or compressed. The arms are trained on the first 10 MB and evaluated on
+the first 0.5 MB of the standard validation and test texts, so that the results are not comparable
+to published results.
 
-Source: see experiments/lm_table.py, which has the arms, the table and the figure.
+Source: see experiments/lm_table.py, which defines the arms, the table and the figure.
 """
 
 from experiments import lm_table

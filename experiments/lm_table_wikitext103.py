@@ -1,16 +1,16 @@
-"""The language-model table in the paper's shape, of WikiText-103, word level: for GPUs.
+"""Sweep for the language-model table on WikiText-103 at word level, for GPUs.
 
     MI_DATA=DIR python -m launch.local --sweep=experiments/lm_table_wikitext103.py \
         --workdir=runs/lm_table_wikitext103 --parallel=8 --gpus=1
 
-DIR/wikitext-103 holds wiki.train.tokens, wiki.valid.tokens and wiki.test.tokens. Every arm and seed
-is a member, of one GPU. --dry_run prints the parameters and the cost of each of them.
+DIR/wikitext-103 contains wiki.train.tokens, wiki.valid.tokens and wiki.test.tokens. Each arm and
+seed is a member that uses one GPU. --dry_run prints the parameters and the costs of the members.
 
 The model is the LSTM of configs/lm_wikitext103.py with the optimizer of the known baseline, and a
-context of 16 features: W of the decoder has 16 · H · 512 entries, which the core pays for. Nothing
-here was measured by us.
+context of 16 features. W of the decoder has 16 · H · 512 entries, for which the core is smaller. We
+have not measured these arms.
 
-Source: see experiments/lm_table.py, which has the arms, the table and the figure.
+Source: see experiments/lm_table.py, which defines the arms, the table and the figure.
 """
 
 from experiments import lm_table

@@ -1,14 +1,15 @@
-"""Concatenation against multiplicative interaction where a token meets its context.
+"""Sweep that compares concatenation and multiplicative interaction in a language model.
 
-An LSTM language model on six Jane Austen novels, cut into 1024 byte pairs. The two arms differ in
-one word, the fusion of the token's embedding with a recurrent context; the LSTM is made larger or
-smaller so that both have the parameters of the concat arm. Seven seeds, trained together by vmap:
-if all agree in sign, p = 0.016.
+The model is an LSTM on six Jane Austen novels, tokenized with 1024 byte pairs. The two arms only
+differ in the fusion of the token's embedding with a recurrent context. The size of the LSTM is
+adjusted so that both have the parameters of the concat arm. Seven seeds are trained together by
+vmap; if all of them agree in sign, p = 0.016.
 
     make run
 
 experiments/lm_fusion.py compares five fusions at two sites of two cores, with three seeds.
-Source: the question is that of Jayakumar et al. (ICLR 2020); model, data and sizes are ours.
+
+Source: the question of Jayakumar et al. (ICLR 2020). The model, data and sizes are ours.
 """
 
 from launch.sweep import Overrides, product

@@ -1,16 +1,17 @@
-"""Concatenation against multiplicative interaction where an agent meets its task, in minutes.
+"""Sweep that compares concatenation and multiplicative interaction in an agent, within minutes.
 
-Eight tasks permute what the actions do (mi/rl/envs/jax/actuator_inversion.py), and one IMPALA agent
-learns them; the task's index comes in by the fusion at what the core reads. Eight seeds: if all
-agree in sign, p = 0.008.
+One IMPALA agent learns eight tasks, which permute the effects of the actions
+(mi/rl/envs/jax/actuator_inversion.py). The index of the task is fused with the input of the core.
+With eight seeds, p = 0.008 if all of them agree in sign.
 
     make run
 
-280 updates: about as many as MI needed, in a trial with six seeds, to learn all eight tasks.
-There, after 360 updates, concatenation had learned them with four of the six seeds.
+In a trial with six seeds, MI needed about 280 updates to learn all eight tasks, which is the length
+of this sweep. After 360 updates, concatenation had learned them with four of the six seeds.
 
 experiments/rl_multitask.py has thirty goals, eight arms, five seeds and more steps.
-Source: the question is that of Jayakumar et al. (ICLR 2020); environment and sizes are ours.
+
+Source: the question of Jayakumar et al. (ICLR 2020). The environment and sizes are ours.
 """
 
 from launch.sweep import Overrides, product

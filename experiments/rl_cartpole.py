@@ -1,7 +1,8 @@
-"""CartPole-v1 with its preset, five seeds: does every one of them solve it?
+"""Sweep that checks whether the preset for CartPole-v1 solves it with each of five seeds.
 
-Solved is what gymnasium registers as its threshold, a mean return of 475. A run is judged by the
-greedy policy in its last evaluation. Topology `threads`, a run for each seed, joined in the report.
+CartPole-v1 is solved at the threshold that gymnasium registers, a mean return of 475, with the
+greedy policy in the last evaluation. Each seed is a separate run in the topology `threads`, and the
+report combines them.
 
     pip install -e '.[sweep,gym]'
     python -m launch.local --sweep=experiments/rl_cartpole.py --workdir=runs/rl_cartpole

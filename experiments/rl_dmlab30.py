@@ -1,17 +1,17 @@
-"""The read-outs of experiments/rl_readout.py on DMLab-30, in the topology of the paper.
+"""Sweep over the read-outs of experiments/rl_readout.py on DMLab-30, in the paper's topology.
 
-configs/rl_dmlab30.py says what is known of the paper's run, and how well: thirty levels, 150
-engines, one learner on 4 GPUs. A run for each arm and seed, for a host with 4 GPUs and the cores of
-150 engines, where DeepMind Lab has been built (docs/dmlab.md):
+configs/rl_dmlab30.py describes what is known about the paper's run: thirty levels, 150 engines, and
+one learner on 4 GPUs. Each arm and seed is a run on a host with 4 GPUs and enough cores for 150
+engines, on which DeepMind Lab has been built (docs/dmlab.md):
 
     python -m launch.slurm --sweep=experiments/rl_dmlab30.py --workdir=runs/rl_dmlab30 --gpus=4
     python -m launch.local --sweep=experiments/rl_dmlab30.py --workdir=runs/rl_dmlab30 --dry_run
 
-The second command lists the members with their parameters and FLOPs, and needs no engine. We have
-never run the first: no machine of ours has the engine.
+The second command lists the members with their parameters and FLOPs, and does not need the engine.
+We have never run the first command, because none of our machines has the engine.
 
-Source: levels, actors and learner are those of Jayakumar et al. (ICLR 2020); site and arms are
-recalled.
+Source: Jayakumar et al. (ICLR 2020) for the levels, actors and learner. The site and the arms are
+recalled from memory.
 """
 
 from experiments.rl_readout import ARMS

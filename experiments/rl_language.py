@@ -1,14 +1,14 @@
-"""An instruction in words meets what the agent sees: concat, FiLM, gated attention, MI.
+"""Sweep that compares concat, FiLM, gated attention and MI for agents that follow instructions.
 
-Three levels of BabyAI (EnvPool) in which only the instruction says which object is meant, one
-agent, topology `threads`. The arms differ in the word of the fusion at the site `instruction`:
-features of the view ⊗ the encoded instruction. `gate` is the gated attention of Chaplot et al.
-(2018). A run for each seed, joined in the report.
+One agent learns three levels of BabyAI (EnvPool) in which only the instruction identifies the
+object. The arms differ in the fusion of the view with the encoded instruction, at the site
+`instruction`. The fusion `gate` is the gated attention of Chaplot et al. (2018). Each seed is a
+separate run in the topology `threads`, and the report combines them.
 
     pip install -e '.[sweep,envpool]'
     python -m launch.local --sweep=experiments/rl_language.py --workdir=runs/rl_language
 
-Source: the question is that of Jayakumar et al. (ICLR 2020); levels, agent and sizes are ours.
+Source: the question of Jayakumar et al. (ICLR 2020). The levels, agent and sizes are ours.
 """
 
 from launch.sweep import Overrides, product

@@ -1,21 +1,22 @@
-"""Thirty goals in one world, one agent: the task by concatenation, by heads of its own, by MI.
+"""Sweep that compares fusions of the task, for one agent with thirty goals in one world.
 
-Environment: xland (mi/rl/envs/jax/xland.py), where only the task says what is wanted. Arms differ
-in the fusion at the site `core_input`: what the LSTM reads is the fusion of the features with the
-task's index. The arm none is not told the task. Two arms remove a handicap: concat, large has the
-parameters of mi, by a wider torso and LSTM, and film, random starts with another policy for each
-task, where film starts with one for all. Five seeds, trained together by vmap.
+The environment is xland (mi/rl/envs/jax/xland.py), in which only the task identifies the goal. Arms
+differ in the fusion at the site `core_input`, which combines the features with the index of the
+task. The arm 'none' does not receive the task. Two arms remove a handicap of others: 'concat,
+large' has as many parameters as 'mi', in a wider torso and LSTM, and 'film, random' starts with a
+different policy for each task, whereas 'film' starts with one policy for all. Five seeds are
+trained together by vmap.
 
     python -m launch.local --sweep=experiments/rl_multitask.py --workdir=runs/rl --parallel=2
 
-By default, learning rate and entropy cost are those of configs/rl.py, found with mi and none. To
-give each arm its own, as experiments/rl_tuning.py chose them, and to report on fresh seeds:
+By default, the learning rate and the entropy cost are those of configs/rl.py, which were tuned for
+mi and none. To use the values that experiments/rl_tuning.py chose for each arm, with fresh seeds:
 
     MI_RL_TUNING=runs/rl_tuning/report/rl_tuning.json python -m launch.local \
         --sweep=experiments/rl_multitask.py --workdir=runs/rl_tuned --parallel=2
 
-Source: the question is that of Jayakumar et al. (ICLR 2020), section on multi-task RL, which has
-DMLab-30 and other sites; environment, agent and sizes are ours, and none is the paper's.
+Source: the question of Jayakumar et al. (ICLR 2020), section on multi-task RL, which uses DMLab-30
+and other sites. The environment, agent and sizes are ours.
 """
 
 import os
@@ -69,28 +70,28 @@ def sweep() -> list[Overrides]:
 
 
 def read_choices(file: pathlib.Path) -> dict[str, Overrides]:
-    """Read the values that experiments/rl_tuning.py chose, label of an arm → overrides.
+    """Read the overrides that experiments/rl_tuning.py chose for each arm, by label.
 
     Raises:
-      UserError: if there is no such file, it lacks an arm or a value, or it was chosen on a seed of
-        this sweep.
+      UserError: if the file does not exist, if it lacks an arm or a value, or if the values were
+        chosen on a seed of this sweep.
     """
     if not file.is_file():
         raise UserError(
-            f'MI_RL_TUNING={file}: expected the rl_tuning.json that experiments/rl_tuning.py '
-            f'writes in the report of its sweep; there is no such file'
+            f'MI_RL_TUNING={file}: expected the path of an rl_tuning.json, but found no file. '
+            f'Try the one in the report on experiments/rl_tuning.py'
         )
     tuning = read_json(file)
     chosen = tuning.get('chosen', {})
     missing = [label for label in ARMS if not set(TUNED_KEYS) <= set(chosen.get(label, {}))]
     if missing:
         raise UserError(
-            f'MI_RL_TUNING={file}: expected a choice for every arm; it has none for '
+            f'MI_RL_TUNING={file}: expected a choice for every arm, but found none for '
             f'{"; ".join(missing)}. Run the rest of experiments/rl_tuning.py'
         )
     if shared := set(tuning.get('seeds', ())) & set(SEEDS):
         raise UserError(
-            f'MI_RL_TUNING={file}: expected a choice on other seeds than {SEEDS}; it was made on '
-            f'{sorted(shared)}'
+            f'MI_RL_TUNING={file}: expected a choice on seeds other than {SEEDS}, but it was made '
+            f'on {sorted(shared)}'
         )
     return {label: {key: chosen[label][key] for key in TUNED_KEYS} for label in ARMS}

@@ -1,26 +1,27 @@
-"""Read-outs of one agent for thirty goals: a shared head, heads of its own, or an MI with the task.
+"""Sweep that compares the read-outs of one agent with thirty goals.
 
-Environment: xland (mi/rl/envs/jax/xland.py), as in experiments/rl_multitask.py; only the task's
-index says what is wanted. The core never reads the index. Policy and value are a fusion of the
-core's output h with a context, at the site `readout`, and arms differ in fusion and context:
+The environment is xland (mi/rl/envs/jax/xland.py), as in experiments/rl_multitask.py, in which only
+the index of the task identifies the goal. The core does not receive the index. Policy and value are
+computed by a fusion of the core's output h with a context z, at the site `readout`. Arms differ in
+the fusion and the context:
 
-    MI, index            z = the task's index, one-hot
-    concat, index        z = the same
-    single head          no context: what a policy gets that tries everything in turn
-    multi-head           a read-out for each task
-    MI, embedding        z = a vector learned for each task
-    MI, learned context  z = relu(MLP(h)), which sees no index
+    MI, index            z is the index of the task, one-hot
+    concat, index        z is the index of the task, one-hot
+    single head          no context, so that the policy can only try all goals in turn
+    multi-head           a separate read-out for each task
+    MI, embedding        z is a vector of parameters for each task
+    MI, learned context  z = relu(MLP(h)), which does not depend on the index
 
-Five seeds, trained together.
+Five seeds are trained together.
 
     python -m launch.local --sweep=experiments/rl_readout.py --workdir=runs/rl_readout
 
-The report also has rl_readout.png, .pdf and .md: the learned embeddings of the tasks, and how much
-of their variance kind, color and shape explain.
+The report also has rl_readout.png, .pdf and .md, with the learned embeddings of the tasks, and the
+fraction of their variance that kind, color and shape explain.
 
-Source: site and arms are those of Jayakumar et al. (ICLR 2020), section on multi-task RL, as
-recalled. Theirs are on DMLab-30, where what the agent sees says which level it is in; environment,
-agent and sizes are ours. experiments/rl_dmlab30.py has the same arms on these levels.
+Source: Jayakumar et al. (ICLR 2020), section on multi-task RL, recalled from memory, for the site
+and the arms. They use DMLab-30, in which observations identify the level. The environment, agent
+and sizes are ours. experiments/rl_dmlab30.py has the same arms on DMLab-30.
 """
 
 import pathlib
@@ -73,7 +74,7 @@ def sweep() -> list[Overrides]:
 
 
 def report(workdir: pathlib.Path, out: pathlib.Path) -> None:
-    """Draw the learned embeddings of the tasks, and tabulate what explains their variance."""
+    """Draw the learned embeddings of the tasks, and tabulate the variance that factors explain."""
     for arm in runs.read_sweep(workdir).arms:
         if arm.state != 'done' or arm.overrides.get('model.source') != 'embedding':
             continue
@@ -84,7 +85,7 @@ def report(workdir: pathlib.Path, out: pathlib.Path) -> None:
 
 
 def read_embeddings(run_dir: pathlib.Path) -> tuple[tuple[str, ...], np.ndarray]:
-    """Return the names of a run's tasks, and their embeddings [S, tasks, m] for all seeds."""
+    """Read the names of a run's tasks, and their embeddings [S, tasks, m] for all seeds."""
     run = trained.load(run_dir)
     (site,) = (site for site in run.sites if site.name == 'readout')
     seed_params = [run.get_seed_params(i) for i in range(len(run.config.seeds))]
@@ -95,10 +96,10 @@ def read_embeddings(run_dir: pathlib.Path) -> tuple[tuple[str, ...], np.ndarray]
 
 
 def project(embeddings: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the first two principal components of embeddings [tasks, m].
+    """Project embeddings [tasks, m] onto their first two principal components.
 
     Returns:
-      Coordinates [tasks, 2], and the share of the variance along each of the two.
+      The coordinates [tasks, 2], and the fraction of the variance along each component.
     """
     centered = embeddings - embeddings.mean(0)
     left, singular_values, _ = np.linalg.svd(centered, full_matrices=False)
@@ -107,9 +108,9 @@ def project(embeddings: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def explain_variance(embeddings: np.ndarray, groups: Sequence[str]) -> float:
-    """Return the share of the variance of embeddings [tasks, m] between groups of tasks.
+    """Compute the fraction of the variance of embeddings [tasks, m] between groups of tasks.
 
-    It is 1 if the tasks of a group have one embedding. For groups drawn at random, its mean is
+    The result is 1 if all tasks in a group have the same embedding. For random groups, the mean is
     (groups − 1) / (tasks − 1).
     """
     centered = embeddings - embeddings.mean(0)
@@ -122,21 +123,21 @@ def explain_variance(embeddings: np.ndarray, groups: Sequence[str]) -> float:
 
 
 def _find_run(workdir: pathlib.Path, label: str) -> str:
-    """Return the name of the run directory of an arm with one run."""
+    """Find the name of the run directory of an arm that has a single run."""
     members = read_json(workdir / 'sweep.json')['members']
     (name,) = (member['name'] for member in members if member['label'] == label)
     return str(name)
 
 
 def _split_names(names: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """Return the factors of tasks: 'hold red ball' has the kind hold."""
+    """Split the names of tasks into factors; for example, the kind of 'hold red ball' is 'hold'."""
     return dict(zip(FACTORS, zip(*map(str.split, names), strict=True), strict=True))
 
 
 def _draw_embeddings(
     embeddings: np.ndarray, names: Sequence[str], title: str, out: pathlib.Path
 ) -> None:
-    """Draw the principal components of embeddings [tasks, m], a panel for each factor."""
+    """Draw the principal components of embeddings [tasks, m], with a panel for each factor."""
     points, shares = project(embeddings)
     with matplotlib.rc_context(plots.STYLE):
         figure = Figure(figsize=(plots.WIDTH, 2.5), layout='constrained')
@@ -158,7 +159,7 @@ def _draw_embeddings(
 
 
 def _tabulate_factors(embeddings: dict[int, np.ndarray], names: Sequence[str]) -> str:
-    """Tabulate the share of the variance that each factor explains, over {seed: [tasks, m]}."""
+    """Tabulate the fraction of variance that each factor explains, for {seed: [tasks, m]}."""
     table_rows = []
     for factor, groups in _split_names(names).items():
         shares = {seed: explain_variance(array, groups) for seed, array in embeddings.items()}

@@ -1,15 +1,16 @@
-"""The read-outs of experiments/rl_readout.py, for an agent whose core reads the goal in words.
+"""Sweep over the read-outs of experiments/rl_readout.py, for a core that reads the instruction.
 
-There, only the read-outs know the task, so a single head and a learned context cannot. Here, the
-encoded instruction ('hold red ball') is concatenated to the core's input in every arm. So the
-core's output h can tell the tasks apart, as on DMLab-30, where the agent sees which level it is in.
+In experiments/rl_readout.py, only the read-outs receive the task, so that a single head and a
+learned context cannot distinguish tasks. Here, the encoded instruction ('hold red ball') is
+concatenated to the input of the core in every arm. Therefore, the output h of the core can identify
+the task, as on DMLab-30, where observations identify the level.
 
     python -m launch.local --sweep=experiments/rl_readout_instruction.py --workdir=runs/rl_words
 
-The report also has rl_readout.png, .pdf and .md, as that of experiments/rl_readout.py.
+The report also has rl_readout.png, .pdf and .md, like that of experiments/rl_readout.py.
 
-Source: site and arms are those of Jayakumar et al. (ICLR 2020), section on multi-task RL, as
-recalled; environment, agent and sizes are ours.
+Source: Jayakumar et al. (ICLR 2020), section on multi-task RL, recalled from memory, for the site
+and the arms. The environment, agent and sizes are ours.
 """
 
 from experiments import rl_readout

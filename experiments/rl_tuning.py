@@ -1,18 +1,19 @@
-"""The same small search for every arm of experiments/rl_multitask.py: learning rate × entropy cost.
+"""Sweep that tunes the learning rate and the entropy cost for experiments/rl_multitask.py.
 
-The values of configs/rl.py were found by hand with mi and none, which favors them. Here every arm
-has the same nine points, three learning rates × three entropy costs with today's in the middle, on
-two seeds of its own and a third of the steps. The report chooses the point with the best mean
-success of the last evaluation, by arm.
+The values in configs/rl.py were tuned by hand for the arms mi and none, which favors these arms. In
+this sweep, every arm has the same nine points: three learning rates and three entropy costs, with
+the values of configs/rl.py in the middle. They are trained for a third of the steps, on two seeds
+that the comparison does not use. For each arm, the report chooses the point with the best mean
+success in the last evaluation.
 
     python -m launch.local --sweep=experiments/rl_tuning.py --workdir=runs/rl_tuning --parallel=2
     MI_RL_TUNING=runs/rl_tuning/report/rl_tuning.json python -m launch.local \
         --sweep=experiments/rl_multitask.py --workdir=runs/rl_tuned --parallel=2
 
-Budget: for each arm 9 points × 2 seeds × 2 million steps, 36 million steps; the comparison itself
-has 30 million for each arm.
+The budget of each arm is 9 points × 2 seeds × 2 million steps, or 36 million steps. The comparison
+itself has 30 million steps for each arm.
 
-The report also has rl_tuning.json, which the second command reads, and rl_tuning.md: the mean
+The report also has rl_tuning.json, which the second command reads, and rl_tuning.md, with the mean
 success at every point.
 """
 
@@ -47,7 +48,7 @@ ENTROPY_COSTS = (0.005, 0.01, 0.02)
 
 
 class Point(NamedTuple):
-    """A point of the search; the fields are the values of `TUNED_KEYS`."""
+    """A point of the search, with the values of `TUNED_KEYS`."""
 
     learning_rate: float
     entropy_cost: float
@@ -66,12 +67,12 @@ def sweep() -> list[Overrides]:
 
 
 def name_member(arm_label: str, point: Point) -> str:
-    """Return the label of an arm of `rl_multitask` at a point."""
+    """Return the label for an arm of `rl_multitask` at a point."""
     return f'{arm_label}, {point.learning_rate:g}, {point.entropy_cost:g}'
 
 
 def report(workdir: pathlib.Path, out: pathlib.Path) -> None:
-    """Choose a point for each arm, and write the choices as JSON and a table of all points."""
+    """Choose a point for each arm, write the choices as JSON, and tabulate all points."""
     arms = {arm.label: arm for arm in runs.read_sweep(workdir).arms}
     scores = {
         arm_label: score_points({
@@ -101,7 +102,7 @@ def report(workdir: pathlib.Path, out: pathlib.Path) -> None:
 
 
 def score_points(arms: Mapping[Point, runs.Arm]) -> dict[Point, float]:
-    """Return the mean success over seeds at each point that is done; −∞ if a seed diverged."""
+    """Compute the mean success over seeds at each finished point, or −∞ if a seed diverged."""
     scores = {}
     for point, arm in arms.items():
         if by_seed := arm.final_values(METRIC, SPLIT):
@@ -111,7 +112,7 @@ def score_points(arms: Mapping[Point, runs.Arm]) -> dict[Point, float]:
 
 
 def choose_point(scores: Mapping[Point, float]) -> Point | None:
-    """Return the point with the best score, the first one of several; None before all are done."""
+    """Return the first point with the best score, or None until all points are done."""
     if set(scores) != set(POINTS) or max(scores.values()) == -math.inf:
         return None
     return max(POINTS, key=scores.__getitem__)
@@ -124,7 +125,7 @@ def _to_overrides(point: Point) -> Overrides:
 def _tabulate(
     scores: Mapping[str, Mapping[Point, float]], choices: Mapping[str, Point | None]
 ) -> str:
-    """Tabulate the scores, a row for each arm, and name the choices at the edge of the grid."""
+    """Tabulate the scores by arm, and list the choices at the edge of the grid."""
     header = ['arm', *(f'{point.learning_rate:g}, {point.entropy_cost:g}' for point in POINTS)]
     table_rows = []
     for arm_label, points in scores.items():

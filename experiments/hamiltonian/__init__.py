@@ -1,1 +1,1 @@
-"""Learned Hamiltonians of two streams, positions and momenta."""
+"""Learned Hamiltonians, which fuse positions and momenta."""

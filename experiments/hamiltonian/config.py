@@ -1,13 +1,14 @@
-"""A law of motion learned from states ('phase') or from 32×32 frames ('frames'), rolled out longer.
+"""Config that learns a law of motion from states ('phase') or from 32×32 frames ('frames').
 
-Source: after Hamiltonian Generative Networks (Toth et al., ICLR 2020), and for states after
-Greydanus et al. (2019); the systems and their constants are recalled, networks, data and training
+Source: Hamiltonian Generative Networks (Toth et al., ICLR 2020) and, for states, Greydanus et al.
+(2019). The systems and their constants are recalled from memory. The networks, data and training
 are ours.
 
     python -m mi.main --config=experiments/hamiltonian/config.py:phase --workdir=runs/phase
     python -m mi.main --config=experiments/hamiltonian/config.py:frames --workdir=runs/frames
 
-The law is an energy that fuses q and p, or a field without an energy.
+The law is an energy that fuses q and p, or a field without an energy. Predictions are longer than
+the training trajectories.
 """
 
 import ml_collections

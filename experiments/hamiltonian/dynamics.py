@@ -1,14 +1,13 @@
-"""Learned laws of motion: an energy in one of several forms, or a field without one.
+"""Learned laws of motion: an energy in one of several forms, or a field without an energy.
 
     joint       H = h(q, p)               dq/dt = ∂H/∂p, dp/dt = −∂H/∂q
     square      H = h(s, s), s = [q; p]   the same
     separable   H = h₁(q, q) + h₂(p, p)   the same
     field       (dq/dt, dp/dt) = h(q, p)
 
-Each h is a network (mi.fit.network) in which its two streams meet by a fusion: with 'concat', the
-joint form is the MLP of the concatenation of Greydanus et al. (2019) and Toth et al. (2020). An MI
-of s with itself, 'square', has all quadratic forms of the state. The field is the baseline that
-knows nothing of energies.
+Each h is a network (mi.fit.network) that fuses its two inputs. With the fusion 'concat', the joint
+form is the MLP of Greydanus et al. (2019) and Toth et al. (2020). With an MI, the form 'square'
+contains all quadratic forms of the state. The field is a baseline without an energy.
 
 Shapes: q, p [..., d].
 """
@@ -40,11 +39,11 @@ SCHEMA: dict[str, Rule] = {
 
 
 class Law(nn.Module):
-    """(q, p) → H [...], or in the form 'field' → (dq/dt, dp/dt).
+    """A law of motion: (q, p) → H [...], or (q, p) → (dq/dt, dp/dt) for the form 'field'.
 
     Attributes:
-      form: of FORMS.
-      network: features → module of two streams.
+      form: one of FORMS.
+      network: function of a number of features that returns a module of two streams.
     """
 
     form: str
@@ -64,7 +63,7 @@ class Law(nn.Module):
 
 
 def make(model: ml_collections.ConfigDict) -> Law:
-    """Build the law of a config's section `model`."""
+    """Build the law that the section `model` of a config describes."""
     return Law(model.form, lambda features: network.make(model, features, context='dense'))
 
 
@@ -80,10 +79,11 @@ def make_field(law: Law, params: Params) -> integrators.Field:
 def make_step(
     law: Law, params: Params, time: float, iterations: int, order: Literal[2, 4]
 ) -> integrators.Step:
-    """Return the generalized leapfrog of an energy, or its composition of fourth order.
+    """Return an integrator step for a law.
 
-    One iteration is enough for an energy that separates. A field uses
-    Runge and Kutta's step, of fourth order for any `order`.
+    An energy uses the generalized leapfrog if `order` is 2, and its fourth-order composition if
+    `order` is 4. A separable energy only needs one iteration. A field always uses the fourth-order
+    Runge–Kutta method.
     """
     if law.form == 'field':
         return integrators.rk4(make_field(law, params), time)
@@ -94,18 +94,18 @@ def make_step(
 
 
 def compute_energy(law: Law, params: Params, q: Array, p: Array) -> Array:
-    """Return H [...]; the form 'field' has none."""
+    """Compute H [...] of a law, which must not have the form 'field'."""
     H: Array = law.apply(params, q, p)
     return H
 
 
 def init_params(law: Law, key: PRNGKey, degrees: int) -> Params:
-    """Draw the initial parameters."""
+    """Initialize the parameters of a law."""
     return law.init(key, jnp.zeros(degrees), jnp.zeros(degrees))
 
 
 def costs(law: Law, degrees: int) -> Costs:
-    """Count as `network.costs`; the model's FLOPs are those of one evaluation of its field."""
+    """Count costs like `network.costs`, with the FLOPs of one evaluation of the velocity field."""
     vector = jax.ShapeDtypeStruct((degrees,), jnp.float32)
     law_costs = network.costs(law, vector, vector)
     params = jax.eval_shape(law.init, jax.random.key(0), vector, vector)

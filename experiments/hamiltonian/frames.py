@@ -1,24 +1,26 @@
-"""A law of motion learned from frames alone, by a variational autoencoder that predicts them.
+"""A law of motion learned from frames, as part of a variational autoencoder that predicts them.
 
-    s₀ = (q₀, p₀) ~ N(μ, σ²)     μ, log σ from the first `seen` frames, by the encoder
-    s₁, …, s_T                   by the law, which is learned, from s₀: a leapfrog for each frame
-    x_t ~ Bernoulli(g(q_t))      g the decoder, which sees the positions only
+    s₀ = (q₀, p₀) ~ N(μ, σ²)     the encoder computes μ and log σ from the first `seen` frames
+    s₁, …, s_T                   the learned law advances s₀ by one leapfrog for each frame
+    x_t ~ Bernoulli(g(q_t))      the decoder g only receives the positions
 
-After Hamiltonian Generative Networks (Toth et al., 2020). The loss is −log p(x_t | q_t), summed
-over pixels: its mean over the frames that are seen, by the share `early`, and over later ones, by
-the rest; and β/(T + 1) times the divergence of s₀ from N(0, 1). For β = 1 and an `early` of
-seen/(T + 1) that is −ELBO/(T + 1); a larger one helps while no law predicts anything yet. Of the
-later frames some are decoded, at random. Unlike there, encoder and decoder are dense, the encoder
-sees the first frames only, what it draws is s₀ itself, and β is constant.
+The model follows Hamiltonian Generative Networks (Toth et al., 2020). The loss is −log p(x_t|q_t),
+summed over pixels, plus β/(T + 1) times the divergence of s₀ from N(0, 1). The mean of the first
+term over seen frames has the weight `early`, and the mean over later frames the weight 1 − `early`.
+For β = 1 and early = seen/(T + 1), the loss is −ELBO/(T + 1). A larger weight helps at the start of
+training, when the law does not predict anything yet. A random subset of the later frames is
+decoded. Unlike in the original, the encoder and the decoder are dense, the encoder only receives
+the first frames and draws s₀ itself, and β is constant.
 
-Metrics, of fresh trajectories (experiments.hamiltonian.scores), predicted from μ:
-    pixels        mean squared error of pixels over a horizon as in training; pixels_long: `longer`
-    error         of the places of the bodies, as they are found in true and predicted frames, mean
-                  over a horizon as long as in training; error_long over `longer`
-    valid         the time for which the error is below TOLERANCE, as a share of `longer` horizons
-    drift         of the true energy from the places in predicted frames: |Ē of the last of `longer`
-                  horizons − Ē of the first| in units of the standard deviation of Ē of true frames
-    drift_learnt  of the learned energy, mean over the last of `longer` horizons; not of a field
+Metrics are computed on fresh trajectories, predicted from μ (see experiments.hamiltonian.scores). A
+horizon is the length of a training trajectory:
+    pixels        mean squared error of pixels over one horizon; pixels_long over `longer` horizons
+    error         error of the positions of bodies, which are located in true and predicted frames,
+                  over one horizon; error_long over `longer` horizons
+    valid         time until the error reaches TOLERANCE, as a fraction of `longer` horizons
+    drift         drift of the true energy at the positions in predicted frames: |Ē of the last
+                  horizon − Ē of the first|, in standard deviations of Ē in true frames
+    drift_learnt  mean drift of the learned energy over the last horizon; not for a field
 """
 
 import dataclasses
@@ -62,11 +64,11 @@ SCHEMA: dict[str, Rule] = {
 
 
 class Encoder(nn.Module):
-    """Frames [..., seen, SIDE, SIDE, BODIES] → μ, log σ [..., 2·latent] of (q, p).
+    """An encoder that maps frames [..., seen, SIDE, SIDE, BODIES] to μ and log σ [..., 2·latent].
 
     Attributes:
-      latent: of q, and of p.
-      hidden: width of a map that every frame passes, and of one of them all.
+      latent: number of features of q, and also of p.
+      hidden: width of the layer that encodes each frame, and of the layer that combines them.
     """
 
     latent: int
@@ -82,10 +84,10 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """q [..., latent] → logits [..., SIDE, SIDE, BODIES].
+    """A decoder that maps q [..., latent] to logits [..., SIDE, SIDE, BODIES].
 
     Attributes:
-      hidden: width of two hidden layers.
+      hidden: width of the two hidden layers.
     """
 
     hidden: int
@@ -100,12 +102,12 @@ class Decoder(nn.Module):
 
 
 class Rollout(NamedTuple):
-    """A predicted motion beside the true one.
+    """A predicted motion and the true motion.
 
     Attributes:
-      frames: 'true' and 'predicted' [time, SHOWN, SIDE, SIDE, BODIES].
-      curves: scores by time [time, trajectories].
-      horizons: scores by horizon [horizons, trajectories].
+      frames: frames 'true' and 'predicted' [time, SHOWN, SIDE, SIDE, BODIES].
+      curves: scores at each time [time, trajectories].
+      horizons: scores in each horizon [horizons, trajectories].
     """
 
     frames: Metrics
@@ -115,20 +117,20 @@ class Rollout(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Frames(Problem):
-    """Predict frames; the world of a seed is the places of its bodies [T + 1, N, BODIES, 2].
+    """The problem of predicting frames; each seed draws positions of bodies [T + 1, N, BODIES, 2].
 
     Attributes:
-      system: whose motion is filmed.
-      law, encoder, decoder: the model.
-      trajectories: N.
-      horizon: T, frames of a trajectory after its first.
-      longer: horizons in an evaluated trajectory.
-      iterations: of the implicit lines of the leapfrog.
-      seen: frames that the encoder sees.
-      decoded: later frames that are decoded for each trajectory of a batch.
-      early: share of the loss on the frames that the encoder sees.
+      system: system whose motion is shown in the frames.
+      law, encoder, decoder: parts of the model.
+      trajectories: number of training trajectories, N.
+      horizon: number of frames in a training trajectory after its first frame, T.
+      longer: number of horizons in an evaluation trajectory.
+      iterations: number of iterations for the implicit equations of the leapfrog.
+      seen: number of frames that the encoder receives.
+      decoded: number of later frames that are decoded for each trajectory of a batch.
+      early: weight of the loss on the frames that the encoder receives.
       beta: weight of the divergence from the prior.
-      eval_examples: trajectories in an evaluation.
+      eval_examples: number of trajectories in an evaluation.
     """
 
     system: System
@@ -167,18 +169,18 @@ class Frames(Problem):
         }
 
     def _encode(self, params: Params, places: Array) -> tuple[Array, Array]:
-        """Return μ and log σ [N, 2·latent] of the first states."""
+        """Compute μ and log σ [N, 2·latent] of the initial states."""
         frames = rendering.render(places[: self.seen]).swapaxes(0, 1)
         mean, log_deviation = self.encoder.apply(params['encoder'], frames)
         return mean, log_deviation
 
     def _decode(self, params: Params, q: Array) -> Array:
-        """Return the logits of the frames at q."""
+        """Compute the logits of the frames at q."""
         logits: Array = self.decoder.apply(params['decoder'], q)
         return logits
 
     def _predict(self, params: Params, state: Array, steps: int) -> State:
-        """Roll the law out from a state [N, 2·latent]."""
+        """Roll out the law from an initial state [N, 2·latent]."""
         time = self.system.time
         step = dynamics.make_step(self.law, params['law'], time, self.iterations, order=2)
         q, p = jnp.split(state, 2, -1)
@@ -219,7 +221,7 @@ class Frames(Problem):
         return jnp.stack([horizon.mean(0) for horizon in horizons])
 
     def _roll_out(self, params: Params, key: PRNGKey) -> Rollout:
-        """Predict fresh trajectories and score them."""
+        """Predict fresh trajectories, and score the predictions."""
         places = self._draw_places(key, self.eval_examples, self.long)
         q, p = self._predict(params, self._encode(params, places)[0], self.long)
 
@@ -263,13 +265,13 @@ class Frames(Problem):
         return {'eval': metrics}
 
     def artifacts(self, params: Params, world: World, key: PRNGKey) -> Metrics:
-        """Return the frames of SHOWN trajectories, in bytes, and all scores."""
+        """Return the frames of SHOWN trajectories, as uint8, and all scores."""
         frames, curves, horizons = self._roll_out(params, key)
         films = {name: jnp.uint8(jnp.round(255 * film)) for name, film in frames.items()}
         return films | curves | horizons
 
     def costs(self) -> Costs:
-        """Count a prediction: one encoding, and a horizon of steps and of decoded frames."""
+        """Count the costs of a prediction: an encoding, and the steps and frames of a horizon."""
         model_costs = dynamics.costs(self.law, self.encoder.latent)
         params = jax.eval_shape(lambda key: self.init_params(key, {}), jax.random.key(0))
         places = jax.ShapeDtypeStruct((self.horizon + 1, 1, BODIES, 2), jnp.float32)
@@ -284,17 +286,17 @@ class Frames(Problem):
 
 
 def make(config: ml_collections.ConfigDict) -> Frames:
-    """Build the problem of a config.
+    """Build the problem that a config describes.
 
     Raises:
-      UserError: if more frames are seen or decoded than there are.
+      UserError: if `seen` or `decoded` exceeds the number of frames.
     """
     problem, T = config.problem, config.problem.horizon
     for config_key, max_frames in {'seen': T, 'decoded': T + 1 - problem.seen}.items():
         if problem[config_key] > max_frames:
             raise UserError(
                 f'config.problem.{config_key} = {problem[config_key]}: expected at most '
-                f'{max_frames} of the {T + 1} frames of config.problem.horizon = {T}'
+                f'{max_frames}, because config.problem.horizon = {T} has {T + 1} frames'
             )
     return Frames(
         examples=config.train.batch,

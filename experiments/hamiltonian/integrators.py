@@ -1,7 +1,7 @@
-"""Integrators: symplectic ones for an energy, Runge and Kutta's for any field.
+"""Integrators: symplectic methods for an energy, and a Runge–Kutta method for any field.
 
-Shapes: q [..., d] positions, p [..., d] momenta. An energy is (q, p) → H [...], a field is
-(q, p) → (dq/dt, dp/dt) [..., d] each, and a step is (q, p) → (q, p), some time later.
+Shapes: positions q [..., d], momenta p [..., d]. An energy maps (q, p) to H [...]. A field maps
+(q, p) to dq/dt and dp/dt, [..., d] each. A step maps (q, p) to (q, p) at a later time.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ Step = Callable[[Array, Array], State]
 
 
 def make_gradients(energy: Energy) -> tuple[Callable[[Array, Array], Array], ...]:
-    """Return ∂H/∂q and ∂H/∂p, [..., d] each, of an energy whose rows are independent."""
+    """Return the functions ∂H/∂q and ∂H/∂p of an energy whose rows are independent."""
 
     def total_energy(q: Array, p: Array) -> Array:
         return jnp.sum(energy(q, p))
@@ -36,21 +36,23 @@ def hamiltonian(energy: Energy) -> Field:
 
 
 def leapfrog(energy: Energy, time: float, iterations: int = 1) -> Step:
-    """Return the generalized leapfrog, of second order, for an energy that need not separate.
+    """Return a step of the generalized leapfrog method of second order, for any energy.
 
         p½ = p  − τ/2 ∂H/∂q(q, p½)
         q' = q  + τ/2 (∂H/∂p(q, p½) + ∂H/∂p(q', p½))
         p' = p½ − τ/2 ∂H/∂q(q', p½)
 
-    The first two lines are implicit, and solved by `iterations` iterations from p½ = p and q' = q.
-    For H = T(p) + V(q) they are exact after one, and this is the usual leapfrog, symplectic and
-    reversible. For other energies one iteration is the scheme that Toth et al. (2020) apply as if H
-    separated, which is neither; the error of both falls by a factor of the order of τ with each
-    further iteration (Hairer, Lubich and Wanner, Geometric Numerical Integration, VI.3). A step
-    costs 2·iterations + 1 gradients of H.
+    The first two equations are implicit, and are solved by `iterations` iterations from p½ = p and
+    q' = q. For a separable H = T(p) + V(q), one iteration is exact, and the method is the usual
+    leapfrog, which is symplectic and reversible. For other energies, one iteration is the scheme
+    that Toth et al. (2020) use as if H were separable, which has neither property. Each further
+    iteration reduces the errors in both properties by a factor of order τ (Hairer, Lubich and
+    Wanner, Geometric Numerical Integration, VI.3). A step costs 2·iterations + 1 gradients of H.
 
     Args:
-      time: τ.
+      energy: function (q, p) → H.
+      time: step size τ.
+      iterations: number of iterations for the implicit equations.
     """
     grad_q, grad_p = make_gradients(energy)
 
@@ -68,12 +70,15 @@ def leapfrog(energy: Energy, time: float, iterations: int = 1) -> Step:
 
 
 def yoshida(energy: Energy, time: float, iterations: int = 1) -> Step:
-    """Return three leapfrogs, one backward in time: of fourth order, and symplectic too.
+    """Return a symplectic step of fourth order, composed of three leapfrogs (Yoshida, 1990).
 
-    If too few iterations make a leapfrog irreversible, the order is lower (Yoshida, 1990).
+    One of the leapfrogs is backward in time. The order is lower if too few iterations make the
+    leapfrogs irreversible.
 
     Args:
-      time: of the whole step.
+      energy: function (q, p) → H.
+      time: size of the whole step.
+      iterations: number of iterations of each leapfrog.
     """
     outer_share = 1 / (2 - 2 ** (1 / 3))
     shares = outer_share, 1 - 2 * outer_share, outer_share
@@ -88,7 +93,7 @@ def yoshida(energy: Energy, time: float, iterations: int = 1) -> Step:
 
 
 def rk4(field: Field, time: float) -> Step:
-    """Return a step of the classical method of Runge and Kutta, of fourth order; four fields."""
+    """Return a step of the classical fourth-order Runge–Kutta method, with four field calls."""
 
     def step(q: Array, p: Array) -> State:
         def field_at(slope: State, share: float) -> State:
@@ -106,7 +111,7 @@ def rk4(field: Field, time: float) -> Step:
 
 
 def roll_out(step: Step, q: Array, p: Array, steps: int, substeps: int = 1) -> State:
-    """Return the states at 0, 1, …, `steps` times `substeps` steps: [steps + 1, ..., d] each."""
+    """Compute the states after 0, 1, …, `steps` times `substeps` steps, [steps + 1, ..., d]."""
 
     def advance(state: State, _: None) -> tuple[State, State]:
         state = jax.lax.fori_loop(0, substeps, lambda _, state: step(*state), state)

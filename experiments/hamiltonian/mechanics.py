@@ -1,13 +1,14 @@
-"""Three systems of classical mechanics: their energies, their motions, where their bodies are.
+"""Three systems of classical mechanics: their energies, motions and positions of bodies.
 
     mass_spring   H = p²/2m + k q²/2          m = ½, k = 2; amplitudes of 0.2 to 1
     pendulum      H = p²/2m + m g (1 − cos q)  m = ½, g = 3, length 1; amplitudes of 0.5 to 2.5 rad
     two_body      H = (|p₁|² + |p₂|²)/2m − G m²/|q₁ − q₂|   m = G = 1; the center of mass at rest
 
-All are H = T(p) + V(q). Shapes: q, p [..., d]; d is 1, and 4 for the two bodies on their plane.
+All energies have the form H = T(p) + V(q). Shapes: q, p [..., d], where d is 4 for two_body and 1
+for the others.
 
-Source: the systems and m, k, g, G are of Toth et al. (ICLR 2020), recalled; the initial states and
-the times between observations are ours.
+Source: Toth et al. (ICLR 2020), recalled from memory, for the systems and m, k, g and G. The
+initial states and the times between observations are ours.
 """
 
 from collections.abc import Callable
@@ -28,17 +29,18 @@ _GRAVITY = 3.0
 
 
 class System(NamedTuple):
-    """A system of particles of one mass in a potential.
+    """A system of particles with equal masses in a potential.
 
     Attributes:
-      degrees: d.
-      mass: m.
-      potential: q → V [...].
-      draw: (key, how many) → initial q, p.
-      time: between two observations.
-      places: q → where its bodies are on the plane, [..., BODIES, 2]; those that move come first.
-      coordinates: the q of such places. Kinetic energy is that of their motion in all systems.
-      moving: how many of them move.
+      degrees: number of degrees of freedom, d.
+      mass: mass of each particle, m.
+      potential: function q → V [...].
+      draw: function (key, number of states) → initial q and p.
+      time: time between two observations.
+      places: function from q to the positions of the bodies on the plane, [..., BODIES, 2], with
+        moving bodies first.
+      coordinates: inverse of `places`. In all systems, the kinetic energy is that of the positions.
+      moving: number of moving bodies.
     """
 
     degrees: int
@@ -51,11 +53,11 @@ class System(NamedTuple):
     moving: int
 
     def energy(self, q: Array, p: Array) -> Array:
-        """Return H [...]."""
+        """Compute H [...]."""
         return jnp.sum(jnp.square(p), -1) / (2 * self.mass) + self.potential(q)
 
     def motion(self, q: Array, p: Array, steps: int) -> State:
-        """Return the states at 0, 1, …, `steps` observations, [steps + 1, ..., d] each."""
+        """Compute the states at the observations 0, 1, …, `steps`, [steps + 1, ..., d] each."""
         step = integrators.yoshida(self.energy, self.time / SUBSTEPS)
         return integrators.roll_out(step, q, p, steps, SUBSTEPS)
 
@@ -63,7 +65,7 @@ class System(NamedTuple):
 def _make_draw_oscillations(
     potential: Callable[[Array], Array], mass: float, smallest: float, largest: float
 ) -> Callable[[Array, int], State]:
-    """Return a function that draws states of these amplitudes: q = a sin φ, and the p of V(a)."""
+    """Return a function that draws oscillations: q = a sin φ, with p from the energy V(a)."""
 
     def draw_oscillations(key: Array, num_states: int) -> State:
         amplitude_key, phase_key = jax.random.split(key)
@@ -91,9 +93,10 @@ def _gravity_potential(q: Array) -> Array:
 
 
 def _draw_orbits(key: Array, num_states: int) -> State:
-    """Two bodies opposite each other at their farthest, at 0.5 to 1 from the center of mass.
+    """Draw orbits of two bodies, starting at their largest distance.
 
-    Of the speed of a circular orbit they have 0.9 to 1, either way round.
+    Each body is 0.5 to 1 from the center of mass, opposite the other, and has 0.9 to 1 times the
+    speed of a circular orbit, in either direction.
     """
     radius_key, angle_key, speed_key, direction_key = jax.random.split(key, 4)
     radius = jax.random.uniform(radius_key, (num_states, 1), minval=0.5, maxval=1.0)
@@ -108,7 +111,7 @@ def _draw_orbits(key: Array, num_states: int) -> State:
 
 
 def _add_anchor(body: Array, anchor: tuple[float, float]) -> Array:
-    """[..., 2] and a place that does not change → [..., BODIES, 2]."""
+    """Append a fixed position to the position of a body [..., 2]: → [..., BODIES, 2]."""
     return jnp.stack([body, jnp.broadcast_to(jnp.array(anchor), body.shape)], -2)
 
 

@@ -1,17 +1,18 @@
-"""A law of motion learned from states and their velocities, and rolled out ten times longer.
+"""A law of motion learned from states and their velocities.
 
-The training set consists of exact trajectories of a system (experiments.hamiltonian.mechanics),
-without noise. The loss is the mean squared error of dq/dt and dp/dt at their states (derivative
-matching, as in Greydanus et al., 2019). Thus no integrator is involved in training, and every form
-of law has the same loss. New trajectories are predicted from their exact first states by a
-fourth-order integrator, a symplectic one for an energy.
+The training set consists of exact, noiseless trajectories of a system (see
+experiments.hamiltonian.mechanics). The loss is the mean squared error of dq/dt and dp/dt at their
+states (derivative matching, as in Greydanus et al., 2019). Thus, training does not involve an
+integrator, and all forms of a law have the same loss. New trajectories are predicted from their
+exact initial states by a fourth-order integrator, which is symplectic for an energy.
 
-Metrics, over fresh trajectories (experiments.hamiltonian.scores):
+Metrics are computed on fresh trajectories (see experiments.hamiltonian.scores). A horizon is the
+length of a training trajectory:
     derivative    the loss
-    error         of states, mean over a horizon as long as in training; error_long over `longer`
-    valid         the time for which the error is below TOLERANCE, as a share of `longer` horizons
-    drift         of the true energy along the prediction, mean over the last of `longer` horizons
-    drift_learnt  the same of the learned energy; not of a field
+    error         mean error of states over one horizon; error_long over `longer` horizons
+    valid         time until the error reaches TOLERANCE, as a fraction of `longer` horizons
+    drift         mean drift of the true energy along the prediction, over the last horizon
+    drift_learnt  the same for the learned energy; not for a field
 """
 
 import dataclasses
@@ -43,17 +44,17 @@ SCHEMA: dict[str, Rule] = {
 
 @dataclasses.dataclass(frozen=True)
 class PhaseSpace(Problem):
-    """Learn a law of motion from states; a seed's world is its training set, q and p [states, d].
+    """The problem of learning a law from states; each seed draws a training set [states, d].
 
     Attributes:
-      system: the system whose motion is learned.
+      system: system whose motion is learned.
       law: the model.
       trajectories: number of trajectories in the training set.
-      horizon: observations in a training trajectory after its first.
-      long: observations in an evaluated trajectory after its first.
-      substeps: integrator steps between two observations, in the evaluation.
-      iterations: iterations that solve the implicit equations of the leapfrog.
-      eval_examples: trajectories in an evaluation.
+      horizon: number of observations in a training trajectory after its first.
+      long: number of observations in an evaluation trajectory after its first.
+      substeps: number of integrator steps between two observations of an evaluation.
+      iterations: number of iterations for the implicit equations of the leapfrog.
+      eval_examples: number of trajectories in an evaluation.
     """
 
     system: System
@@ -88,7 +89,7 @@ class PhaseSpace(Problem):
         return mse, {'derivative': mse}
 
     def _roll_out(self, params: Params, key: PRNGKey) -> tuple[State, State, Metrics]:
-        """Return the true and the predicted motion, and the scores [time, trajectories]."""
+        """Compute the true and the predicted motion, and the scores [time, trajectories]."""
         true_motion = self._draw_motion(key, self.eval_examples, self.long)
         initial_q, initial_p = (states[0] for states in true_motion)
         time = self.system.time / self.substeps
@@ -125,7 +126,7 @@ class PhaseSpace(Problem):
         return dynamics.costs(self.law, self.system.degrees)
 
     def artifacts(self, params: Params, world: State, key: PRNGKey) -> Metrics:
-        """Return some states [time, SHOWN, 2d], [q; p], and all scores [time, examples]."""
+        """Return the states [q; p] of some trajectories [time, SHOWN, 2d], and all scores."""
         true_motion, predicted, curves = self._roll_out(params, key)
         motions = {'true': true_motion, 'predicted': predicted}
         states = {name: jnp.concatenate(motion, -1)[:, :SHOWN] for name, motion in motions.items()}
@@ -133,7 +134,7 @@ class PhaseSpace(Problem):
 
 
 def make(config: ml_collections.ConfigDict) -> PhaseSpace:
-    """Build the problem of a config."""
+    """Build the problem that a config describes."""
     problem = config.problem
     return PhaseSpace(
         examples=config.train.batch,

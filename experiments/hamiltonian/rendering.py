@@ -1,7 +1,7 @@
-"""Bodies as soft discs on a small grid, one channel each, and where the discs of a frame are.
+"""Functions that render bodies as soft discs on a small grid, and locate discs in a frame.
 
-Shapes: places [..., bodies, 2], x to the right and y up; frames [..., SIDE, SIDE, bodies] in
-[0, 1], rows from the top.
+Shapes: positions [..., bodies, 2], with x to the right and y up; frames [..., SIDE, SIDE, bodies]
+in [0, 1], with rows from the top and one channel for each body.
 """
 
 import jax
@@ -16,7 +16,7 @@ SOFTNESS = 0.08  # of the edge: a pixel
 
 
 def render(places: Array) -> Array:
-    """Render the frames."""
+    """Render frames of bodies at the given positions."""
     x, y = (places[..., None, None, :, axis] for axis in (0, 1))
     columns, rows = _grid(x.ndim)
     distance = jnp.sqrt(jnp.square(columns - x) + jnp.square(rows - y))
@@ -24,9 +24,9 @@ def render(places: Array) -> Array:
 
 
 def locate(frames: Array) -> Array:
-    """Return the centers of mass of squared brightness, the places of the bodies.
+    """Locate the bodies in frames, as the centers of mass of the squared brightness.
 
-    Squared, so that a faint haze over all of a decoded frame does not draw them to its middle.
+    Squaring prevents a faint haze over a decoded frame from pulling the positions to the center.
     """
     mass = jnp.square(frames)
     total = jnp.sum(mass, (-3, -2))
@@ -36,7 +36,7 @@ def locate(frames: Array) -> Array:
 
 
 def _grid(ndim: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return x of the columns and y of the rows, broadcastable to frames of `ndim` axes."""
+    """Return x of the columns and y of the rows, which broadcast to frames with `ndim` axes."""
     centers = ((np.arange(SIDE) + 0.5) * 2 * VIEW / SIDE - VIEW).astype(np.float32)
     batch_axes = (1,) * (ndim - 3)
     columns = centers.reshape(*batch_axes, 1, SIDE, 1)

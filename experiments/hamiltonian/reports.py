@@ -1,4 +1,4 @@
-"""What the sweeps of states and of frames share: their arms, and the text of a system."""
+"""Arms and tables that the sweeps on states and on frames share."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -10,7 +10,7 @@ from mi.report import rankings, runs, tables
 
 
 def combine(arms: Sequence[str]) -> list[Overrides]:
-    """Return overrides for every system, every arm 'FORM, FUSION' and two sets of seeds."""
+    """Return the overrides of each member: all systems, arms 'FORM, FUSION' and sets of seeds."""
     forms, fusions = zip(*(arm.split(', ') for arm in arms), strict=True)
     return product(
         product(**{'problem.system': list(SYSTEMS)}),
@@ -20,7 +20,7 @@ def combine(arms: Sequence[str]) -> list[Overrides]:
 
 
 def select_arms(sweep: runs.Sweep, system: str, arms: Sequence[str]) -> dict[str, runs.Arm]:
-    """Return the arms 'FORM, FUSION' of a system whose final error is finite."""
+    """Select the arms 'FORM, FUSION' of a system that have a finite final error."""
     finished = {
         arm.label: arm for arm in sweep.arms if arm.finite_values(sweep.metric, sweep.split)
     }
@@ -35,14 +35,14 @@ def describe(
     scores: Sequence[str],
     reference: str,
 ) -> str:
-    """Return the tables of scores and of rankings of a system, as Markdown.
+    """Format the tables of scores and rankings for a system, as Markdown.
 
     Args:
-      sweep: what `arms` belong to.
-      system: name of SYSTEMS.
-      arms: by the name that the tables show.
-      scores: metrics of the first table.
-      reference: the arm that ratios of `error_long` refer to.
+      sweep: sweep to which the arms belong.
+      system: a name in SYSTEMS.
+      arms: arms by the names that the tables show.
+      scores: metrics in the table of scores.
+      reference: name of the arm relative to which ratios of `error_long` are computed.
     """
     split, draws = sweep.split, sweep.seed_sets
     score_table = roll_outs.tabulate_scores(arms, scores, 'error_long', split, reference, draws)

@@ -1,7 +1,7 @@
-"""Scores of a predicted motion: its distance from the true one, and the drift of its energy.
+"""Scores of a predicted motion: its distance from the true motion, and the drift of its energy.
 
-Axes are [time, trajectories, …]. A score above CEILING or that is not a number counts as CEILING,
-as a law without an energy may diverge.
+Axes are [time, trajectories, …]. Scores that are above CEILING or not finite become CEILING,
+because a law without an energy may diverge.
 """
 
 import jax.numpy as jnp
@@ -11,27 +11,26 @@ CEILING = 100.0
 
 
 def compute_error(predicted: Array, true: Array) -> Array:
-    """Return the squared distance in units of the variance of the true ones: [T, N, features] → [T,
-    N].
+    """Compute squared distances in units of the true variance: [T, N, features] → [T, N].
 
-    It is 1 on average for a prediction that rests in the middle, 2 for a motion a quarter of a
-    period off or of a phase that has nothing to do with the true one, and 4 for the opposite phase.
+    The mean is 1 for a prediction that rests at the center, 2 for a motion that is a quarter of a
+    period off or has an independent phase, and 4 for a motion with the opposite phase.
     """
     squared_distance = jnp.sum(jnp.square(predicted - true), -1)
     return clip_scores(squared_distance / jnp.sum(jnp.var(true, (0, 1))))
 
 
 def compute_drift(energies: Array) -> Array:
-    """Return |E(t) − E(0)| in units of the standard deviation of E(0) over trajectories: [T, N],
-    both.
+    """Compute |E(t) − E(0)| [T, N] in units of the standard deviation of E(0) over trajectories.
 
-    The unit and the zero of an energy, which a learned one may choose, do not matter.
+    The result does not depend on the unit and the zero of the energy, which are arbitrary if the
+    energy is learned.
     """
     return clip_scores(jnp.abs(energies - energies[:1]) / jnp.std(energies[0]))
 
 
 def compute_valid_share(error: Array, tolerance: float) -> Array:
-    """Return the share of time before the error reaches the tolerance: [T, N] → [N]."""
+    """Compute the fraction of time before the error reaches the tolerance: [T, N] → [N]."""
     is_valid = jnp.cumprod((error < tolerance).astype(jnp.float32), 0)
     return is_valid.sum(0) / len(error)
 

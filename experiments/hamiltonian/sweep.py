@@ -1,19 +1,20 @@
-"""Laws of motion from states: does an MI of q and p make a better energy than a concatenation?
+"""Sweep that compares MI and concatenation in energies learned from states.
 
-Mass and spring, pendulum, two bodies. Energies H(q, p) by networks of about 4,500 parameters in
-which q and p meet by a fusion; an MI of the state with itself; a separable T(p) + V(q), which these
-systems are; and fields without an energy. Learned from velocities at states of 100 trajectories,
-predicted for ten times as long as these are. Five seeds, and once more with five others.
+The systems are a mass and spring, a pendulum, and two bodies. The arms are energies H(q, p) that
+fuse q and p, an MI of the state with itself, a separable T(p) + V(q), which is the true form, and
+fields without an energy, with about 4,500 parameters each. They are learned from velocities at the
+states of 100 trajectories, and predict motions that are ten times as long. Every arm is trained
+with two sets of five seeds.
 
     python -m launch.local --sweep=experiments/hamiltonian/sweep.py --workdir=runs/states \
         --parallel=2
 
-The report also has hamiltonian.png and .pdf: phase portraits, the error and the drift of energy
-over time; and hamiltonian.md: all scores with intervals, and ranks in each set of seeds. The same
-from frames: experiments/hamiltonian/sweep_frames.py.
+The report also has hamiltonian.png and .pdf, with phase portraits, errors and energy drift over
+time, and hamiltonian.md, with all scores, their intervals, and ranks in each set of seeds.
+experiments/hamiltonian/sweep_frames.py learns from frames instead.
 
-Source: after Toth et al. (ICLR 2020) and Greydanus et al. (NeurIPS 2019); what the fusion does, and
-all constants but those of the systems, are ours.
+Source: Toth et al. (ICLR 2020) and Greydanus et al. (NeurIPS 2019). The comparison of fusions, and
+all constants except those of the systems, are ours.
 """
 
 import pathlib
@@ -72,7 +73,7 @@ def sweep() -> list[Overrides]:
 
 
 def report(workdir: pathlib.Path, out: pathlib.Path) -> None:
-    """Draw portraits and curves of each system, and write the scores as tables."""
+    """Draw the phase portraits and curves of each system, and write tables of the scores."""
     sweep = runs.read_sweep(workdir)
     sections = []
     with matplotlib.rc_context(plots.STYLE):
@@ -106,7 +107,7 @@ def report(workdir: pathlib.Path, out: pathlib.Path) -> None:
 
 
 def _draw_portrait(axes: Axes, system: str, artifacts: dict[str, dict[str, np.ndarray]]) -> None:
-    """Draw two trajectories of the first seed: q and p, or the orbit of the first body."""
+    """Draw two trajectories of the first seed, as q and p, or as the orbit of the first body."""
     is_scalar = SYSTEMS[system].degrees == 1
     axes.set(
         xlabel='q' if is_scalar else 'x',

@@ -1,19 +1,20 @@
-"""Laws of motion from frames: a variational autoencoder whose latent state moves by a learned law.
+"""Sweep that compares MI and concatenation in laws of motion learned from frames.
 
-Mass and spring, pendulum, two bodies, seen as soft discs on 32×32 pixels. The latent law is an
-energy, by concatenation or by an MI of q and p, or a field without an energy; all models have
-about 300,000 parameters, most of them in the encoder and the decoder. Trained to predict 11
-frames from the first 3 of them, evaluated on 101. Five seeds, and once more with five others.
+The systems are a mass and spring, a pendulum, and two bodies, rendered as soft discs on 32×32
+pixels. The model is a variational autoencoder whose latent state follows a learned law: an energy
+that fuses q and p by concatenation or by an MI, or a field without an energy. All models have about
+300,000 parameters, most of them in the encoder and the decoder. They are trained to predict 11
+frames from the first 3, and are evaluated on 101 frames. Every arm is trained with two sets of five
+seeds.
 
     python -m launch.local --sweep=experiments/hamiltonian/sweep_frames.py --workdir=runs/frames \\
         --parallel=2
 
-The report also has films of true and predicted frames, SYSTEM.gif; hamiltonian_frames.png and .pdf:
-some of these frames, errors over time; and hamiltonian_frames.md: all scores with intervals, and
-ranks in each set of seeds.
+The report also has SYSTEM.gif, with animations of true and predicted frames, hamiltonian_frames.png
+and .pdf, with some of these frames and errors over time, and hamiltonian_frames.md, with all
+scores, their intervals, and ranks in each set of seeds.
 
-Source: after Toth et al. (ICLR 2020); what is different is said in
-  experiments/hamiltonian/frames.py.
+Source: Toth et al. (ICLR 2020); experiments/hamiltonian/frames.py lists the differences.
 """
 
 import pathlib
@@ -74,7 +75,7 @@ def sweep() -> list[Overrides]:
 
 
 def report(workdir: pathlib.Path, out: pathlib.Path) -> None:
-    """Write films and figures of the first seed's predictions, curves, and tables of scores."""
+    """Write animations and figures of the first seed's predictions, curves, and score tables."""
     sweep = runs.read_sweep(workdir)
     sections = []
     with matplotlib.rc_context(plots.STYLE):
@@ -118,7 +119,7 @@ def report(workdir: pathlib.Path, out: pathlib.Path) -> None:
 
 
 def _select_films(artifacts: dict[str, dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """Return frames [time, side, side, 3] of the first seed's first trajectory, by label."""
+    """Return the frames [time, side, side, 3] of the first seed's first trajectory, by label."""
     filmed = {arm: artifacts[arm] for arm in FILM_ARMS if arm in artifacts}
     films = {ARMS[arm].label: arrays['predicted'] for arm, arrays in filmed.items()}
     if filmed:
@@ -127,13 +128,13 @@ def _select_films(artifacts: dict[str, dict[str, np.ndarray]]) -> dict[str, np.n
 
 
 def _paint(frames: np.ndarray) -> np.ndarray:
-    """Convert brightness [..., bodies] in bytes to colors on white [..., 3] in bytes."""
+    """Convert brightness [..., bodies] to colors on a white background [..., 3], both uint8."""
     absorbed = frames[..., None] / 255 * (1 - BODIES / 255)
     return np.uint8(np.round(255 * np.prod(1 - absorbed, axis=-2)))
 
 
 def _write_gif(path: pathlib.Path, films: dict[str, np.ndarray], time: float) -> None:
-    """Write one GIF with all films side by side."""
+    """Write a GIF that shows all films side by side."""
     images = []
     for frame_index, frames in enumerate(zip(*films.values(), strict=True)):
         image = Image.new('RGB', (SIDE * len(films), SIDE + CAPTION), 'white')
@@ -148,7 +149,7 @@ def _write_gif(path: pathlib.Path, films: dict[str, np.ndarray], time: float) ->
 
 
 def _tile(films: dict[str, np.ndarray], horizon: int) -> tuple[np.ndarray, int]:
-    """Return a row of frames per film, at the HORIZONS, and the size of a frame with its margin."""
+    """Tile the frames at HORIZONS, one row per film; also return the frame size with its margin."""
     margin = 2
     padding = ((margin, margin), (margin, margin), (0, 0))
     times = [num_horizons * horizon for num_horizons in HORIZONS]

@@ -1,1 +1,1 @@
-"""How a neural process's decoder should meet its latent."""
+"""Fusion of the target and the latent in the decoder of a neural process."""

@@ -1,8 +1,8 @@
-"""Neural processes: functions predicted from a few of their points.
+"""Config for neural processes, which predict functions from a few of their points.
 
 Source: conditional neural processes (Garnelo et al., 2018a), neural processes (Garnelo et al.,
-2018b) and attentive neural processes (Kim et al., 2019); that the decoder may be multiplicative is
-of Jayakumar et al. (ICLR 2020), recalled. Functions, sizes and training are ours.
+2018b) and attentive neural processes (Kim et al., 2019). The multiplicative decoder is that of
+Jayakumar et al. (ICLR 2020), recalled from memory. The functions, sizes and training are ours.
 
     python -m mi.main --config=experiments/neural_process/config.py --workdir=runs/cnp
     python -m mi.main --config=experiments/neural_process/config.py:latent --workdir=runs/np

@@ -1,13 +1,13 @@
-"""Gaussian-process regression with the kernel that drew a function: the ceiling of any model.
+"""Gaussian-process regression with the true kernel of a function, the ceiling for all models.
 
-Of a context (x, y) with K = k(x, x) + σ²I, the values at x* are Gaussian with
+Given a context (x, y) and K = k(x, x) + σ²I, the values at x* are Gaussian with
 
     mean         k(x*, x) K⁻¹ y
-    covariance   k(x*, x*) − k(x*, x) K⁻¹ k(x, x*), and σ²I if they are noisy
+    covariance   k(x*, x*) − k(x*, x) K⁻¹ k(x, x*), plus σ²I if the values are noisy
 
 Source: Rasmussen & Williams, Gaussian Processes for Machine Learning, 2006, equations 2.22 to 2.24.
 
-Shapes: N points of context, T targets, of one function.
+Shapes: N context points and T targets of one function.
 """
 
 from typing import NamedTuple
@@ -24,14 +24,14 @@ JITTER = 0.01  # standard deviation that keeps the covariance of smooth function
 
 
 class Predictive(NamedTuple):
-    """The distribution of targets: mean [T] and covariance [T, T]."""
+    """The predictive distribution of targets, with mean [T] and covariance [T, T]."""
 
     mean: Array
     covariance: Array
 
 
 def compute_gain(kernel: Kernel, noise: float, context: Points, x: Array) -> Array:
-    """Return k(x*, x) K⁻¹ [T, N]; the columns of points that the mask excludes are 0."""
+    """Compute k(x*, x) K⁻¹ [T, N], with zero columns for points that the mask excludes."""
     pairs = context.mask[:, None] & context.mask[None]
     within = jnp.where(pairs, compute_covariance(kernel, context.x, context.x), 0)
     across = jnp.where(context.mask[:, None], compute_covariance(kernel, context.x, x), 0)
@@ -41,7 +41,7 @@ def compute_gain(kernel: Kernel, noise: float, context: Points, x: Array) -> Arr
 
 
 def predict(kernel: Kernel, noise: float, context: Points, x: Array) -> Predictive:
-    """Return the distribution of noisy targets at x [T]."""
+    """Compute the predictive distribution of noisy targets at x [T]."""
     gain = compute_gain(kernel, noise, context, x)
     across = compute_covariance(kernel, context.x, x)
     prior = compute_covariance(kernel, x, x) + noise**2 * jnp.eye(len(x))
@@ -49,7 +49,7 @@ def predict(kernel: Kernel, noise: float, context: Points, x: Array) -> Predicti
 
 
 def compute_log_density(predictive: Predictive, y: Array) -> Array:
-    """Return the log-density of all targets y [T] together."""
+    """Compute the joint log-density of all targets y [T]."""
     log_density: Array = jax.scipy.stats.multivariate_normal.logpdf(
         y, predictive.mean, predictive.covariance
     )
@@ -57,10 +57,11 @@ def compute_log_density(predictive: Predictive, y: Array) -> Array:
 
 
 def draw_posterior(key: PRNGKey, kernel: Kernel, noise: float, context: Points, x: Array) -> Array:
-    """Draw f [T] at x given the context: a draw of the prior, moved by its error on the context.
+    """Draw f [T] at x from the posterior, by Matheron's rule.
 
-    Matheron's rule, f(x*) + k(x*, x) K⁻¹ (y − f(x) − noise), needs no square root of the
-    covariance given the context, which is nearly singular.
+    A draw from the prior is corrected by its error on the context:
+    f(x*) + k(x*, x) K⁻¹ (y − f(x) − noise). This avoids a square root of the posterior covariance,
+    which is nearly singular.
     """
     num_context = len(context.x)
     jitter = jnp.full(x.shape, JITTER)

@@ -1,6 +1,6 @@
-"""Bounds on the likelihood of held-out targets, and the calibration of a predictive distribution.
+"""Bounds on the likelihood of held-out targets, and calibration of predictive distributions.
 
-Shapes: S samples of the latent, T targets, m features of the latent.
+Shapes: S samples of the latent, T targets, m latent features.
 """
 
 import math
@@ -27,26 +27,26 @@ def draw_gaussian(key: PRNGKey, gaussian: Gaussian) -> Array:
 
 
 def compute_log_density(values: Array, gaussian: Gaussian) -> Array:
-    """Return the log-density of each value [...]."""
+    """Compute the log-density of each value [...]."""
     log_density: Array = norm.logpdf(values, gaussian.mean, gaussian.std)
     return log_density
 
 
 def compute_kl(q: Gaussian, p: Gaussian) -> Array:
-    """Return KL(q ‖ p) [...] of independent Gaussians [..., m]."""
+    """Compute KL(q ‖ p) [...] between independent Gaussians [..., m]."""
     ratio = q.std / p.std
     distance = (q.mean - p.mean) / p.std
     return jnp.sum((jnp.square(ratio) + jnp.square(distance) - 1) / 2 - jnp.log(ratio), -1)
 
 
 def compute_elbo(log_density: Array, posterior: Gaussian, prior: Gaussian) -> Array:
-    """Return log p(y | z) − KL(q(z | context, targets) ‖ q(z | context)) [...].
+    """Compute the evidence lower bound log p(y | z) − KL(posterior ‖ prior) [...].
 
-    The bound on the log-likelihood of targets given the context of Garnelo et al. (2018b), equation
-    9, with one sample of z.
+    This bounds the log-likelihood of the targets given the context, with one sample of z (Garnelo
+    et al., 2018b, equation 9).
 
     Args:
-      log_density: [...], of all targets of a function for a z that the posterior drew.
+      log_density: log p(y | z) of all targets of a function, [...], for z from the posterior.
       posterior: q(z | context, targets), [..., m].
       prior: q(z | context), [..., m].
     """
@@ -54,10 +54,11 @@ def compute_elbo(log_density: Array, posterior: Gaussian, prior: Gaussian) -> Ar
 
 
 def compute_iw_bound(log_weights: Array) -> Array:
-    """Return log (1/S) Σ_s w_s [...], the importance-weighted bound of Burda et al. (2016).
+    """Compute the importance-weighted bound log (1/S) Σ_s w_s [...] (Burda et al., 2016).
 
-    With w_s = p(y | z_s) p(z_s) / q(z_s) and z_s drawn from q, its expectation is at most log p(y),
-    at least the ELBO, and grows with S. If q is the exact posterior, it is log p(y).
+    Here w_s = p(y | z_s) p(z_s) / q(z_s), and z_s is drawn from q. The expectation of the bound is
+    at most log p(y), at least the ELBO, and grows with S. If q is the exact posterior, the bound
+    equals log p(y).
 
     Args:
       log_weights: log w_s, [S, ...].
@@ -67,18 +68,18 @@ def compute_iw_bound(log_weights: Array) -> Array:
 
 
 def compute_mixture_log_density(y: Array, components: Gaussian) -> Array:
-    """Return the log-density of each y [...] in the mixture of S Gaussians [S, ...]."""
+    """Compute the log-density of each y [...] under a mixture of S Gaussians [S, ...]."""
     return compute_iw_bound(compute_log_density(y[None], components))
 
 
 def compute_mixture_cdf(y: Array, components: Gaussian) -> Array:
-    """Return the probability of less than y [...] in the mixture of S Gaussians [S, ...]."""
+    """Compute the cumulative probability at y [...] under a mixture of S Gaussians [S, ...]."""
     probability: Array = norm.cdf(y[None], components.mean, components.std).mean(0)
     return probability
 
 
 def compute_mixture_quantile(level: float, components: Gaussian, num_halvings: int = 30) -> Array:
-    """Return the y [...] below which the mixture [S, ...] has this probability, by bisection."""
+    """Compute a quantile [...] of a mixture of S Gaussians [S, ...], by bisection."""
     reach = norm.ppf(level) * components.std
     low, high = (components.mean + reach).min(0), (components.mean + reach).max(0)
 
@@ -93,9 +94,10 @@ def compute_mixture_quantile(level: float, components: Gaussian, num_halvings: i
 
 
 def compute_covered(cdf: Array, levels: Sequence[float]) -> Array:
-    """Return whether central intervals of the levels [L] contain y, [..., L], given its CDF [...].
+    """Return whether the central intervals of levels [L] contain y, [..., L], given the CDF at y.
 
-    The share of targets in them is their coverage; that of a calibrated prediction is the level.
+    The coverage of an interval is the fraction of targets that it contains. For a calibrated
+    prediction, the coverage equals the level.
     """
     level_row = jnp.asarray(levels).reshape((1,) * cdf.ndim + (-1,))
     return 2 * jnp.abs(cdf[..., None] - 0.5) <= level_row

@@ -1,15 +1,15 @@
-"""Neural processes whose decoder fuses a target x with a representation of the context.
+"""Neural processes, whose decoder fuses a target x with a representation of the context.
 
     deterministic   r = mean_i h(x_i, y_i),  y ~ N(g(x, r))           Garnelo et al., 2018a (CNP)
     latent          z ~ q(z | mean_i h(x_i, y_i)),  y ~ N(g(x, z))    Garnelo et al., 2018b (NP)
     both            y ~ N(g(x, [r; z])), with an encoder for each     Kim et al., 2019 (ANP)
 
-h is an MLP, with self-attention between the points if that is asked for; cross-attention makes r a
-function of the target, r(x) = Σ_i softmax_i(q(x)ᵀk(x_i)) v(h_i) per head (Kim et al., 2019). g is a
-`mi.fit.network.FusedMLP`, whose fusion with r and z is the claim of this experiment; its output is
-the mean and, as σ = σ_min + (1 − σ_min) softplus, the standard deviation.
+h is an MLP, optionally with self-attention between the points. With cross-attention, r depends on
+the target: r(x) = Σ_i softmax_i(q(x)ᵀk(x_i)) v(h_i) for each head (Kim et al., 2019). g is a
+`mi.fit.network.FusedMLP`, whose fusion with r and z is the subject of this experiment. Its two
+outputs are the mean and s, where the standard deviation is σ = σ_min + (1 − σ_min) softplus(s).
 
-Shapes: N points of context, T targets, m features; leading axes are functions.
+Shapes: N context points, T targets, m features. Leading axes are functions.
 """
 
 import warnings
@@ -40,7 +40,7 @@ SCHEMA: dict[str, Rule] = {
 
 
 class Points(NamedTuple):
-    """Points of functions: x, y [..., N] and mask [..., N], False for padding."""
+    """Points of functions: x and y [..., N], and a mask [..., N] that is False for padding."""
 
     x: Array
     y: Array
@@ -48,16 +48,16 @@ class Points(NamedTuple):
 
 
 def average_points(representations: Array, mask: Array) -> Array:
-    """Return the mean [..., m] of [..., N, m] over the points of the mask [..., N]; 0 of none."""
+    """Average [..., N, m] over the points in the mask [..., N]; the mean of no points is 0."""
     weights = mask / jnp.maximum(mask.sum(-1, keepdims=True), 1)
     return jnp.sum(weights[..., None] * jnp.where(mask[..., None], representations, 0), -2)
 
 
 class MLP(nn.Module):
-    """Affine maps with ReLU after each.
+    """An MLP with ReLU after every layer.
 
     Attributes:
-      width: of each layer.
+      width: width of each layer.
       depth: number of layers.
     """
 
@@ -72,12 +72,12 @@ class MLP(nn.Module):
 
 
 class PointEncoder(nn.Module):
-    """h: points → representations [..., N, m].
+    """The encoder h, which maps points to representations [..., N, m].
 
     Attributes:
-      features: m.
-      width, depth: of the MLP.
-      heads: of self-attention between the points; 0 for none.
+      features: number of features m.
+      width, depth: width and depth of the MLP.
+      heads: number of heads of self-attention between the points; 0 for no self-attention.
     """
 
     features: int
@@ -97,12 +97,12 @@ class PointEncoder(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """r(x) [..., T, m]: attention of targets to the points, by the positions of both.
+    """Attention of targets to points by their positions, which computes r(x) [..., T, m].
 
     Attributes:
-      features: m.
-      width, depth: of the MLP that embeds the positions.
-      heads: number of heads.
+      features: number of features m.
+      width, depth: width and depth of the MLP that embeds the positions.
+      heads: number of attention heads.
     """
 
     features: int
@@ -126,11 +126,11 @@ class CrossAttention(nn.Module):
 
 
 class LatentEncoder(nn.Module):
-    """q(z | points), with σ = 0.1 + 0.9 sigmoid, as in Kim et al. (2019).
+    """The encoder of q(z | points), with σ between 0.1 and 1, as in Kim et al. (2019).
 
     Attributes:
-      point_encoder: the encoder of single points, whose mean passes one more hidden layer.
-      features: m.
+      point_encoder: encoder of single points; a hidden layer follows the mean of its outputs.
+      features: number of latent features m.
     """
 
     point_encoder: PointEncoder
@@ -146,15 +146,15 @@ class LatentEncoder(nn.Module):
 
 
 class NeuralProcess(nn.Module):
-    """A neural process; see the module's docstring.
+    """A neural process; see the docstring of this module.
 
     Attributes:
-      decoder: (x, context) [..., T, 1], [..., T or 1, m or 2m] → [..., T, 2].
+      decoder: module that maps x [..., T, 1] and a context [..., T or 1, m or 2m] to [..., T, 2].
       paths: a name in PATHS.
-      features: m, of r and of z.
-      encoder_width, encoder_depth: of the MLPs of the encoders.
-      self_attention, cross_attention: numbers of heads; 0 for none.
-      min_std: σ_min.
+      features: number of features m of r and of z.
+      encoder_width, encoder_depth: width and depth of the MLPs in the encoders.
+      self_attention, cross_attention: number of heads; 0 for no attention.
+      min_std: minimum standard deviation σ_min.
     """
 
     decoder: network.FusedMLP
@@ -177,7 +177,7 @@ class NeuralProcess(nn.Module):
             self.latent_encoder = LatentEncoder(point_encoder, self.features)
 
     def __call__(self, x: Array, y: Array, mask: Array, targets: Array, epsilon: Array) -> Gaussian:
-        """Predict at targets [..., T] from points [..., N]; z = μ + σ ε, ε [..., m]."""
+        """Predict targets [..., T] from points [..., N], with z = μ + σ ε for ε [..., m]."""
         points = Points(x, y, mask)
         z = None
         if self.paths != 'deterministic':
@@ -186,12 +186,12 @@ class NeuralProcess(nn.Module):
         return self.decode(self.represent(points, targets), z, targets)
 
     def infer(self, points: Points) -> Gaussian:
-        """Return q(z | points), [..., m]; there is none on the deterministic path."""
+        """Compute q(z | points), [..., m]; the deterministic path has no latent."""
         latent: Gaussian = self.latent_encoder(points)
         return latent
 
     def represent(self, points: Points, targets: Array) -> Array | None:
-        """Return r [..., T or 1, m]; None on the latent path."""
+        """Compute r [..., T or 1, m]; return None on the latent path."""
         if self.paths == 'latent':
             return None
         representations = self.encoder(points)
@@ -201,7 +201,7 @@ class NeuralProcess(nn.Module):
         return average_points(representations, points.mask)[..., None, :]
 
     def decode(self, r: Array | None, z: Array | None, targets: Array) -> Gaussian:
-        """Predict y [..., T] at targets [..., T], given r and z [..., m], whichever there is."""
+        """Predict y [..., T] at targets [..., T] from r, z [..., m] or both."""
         parts = [] if r is None else [r]
         parts += [] if z is None else [z[..., None, :]]
         if len(parts) == 2:  # z is shared by the targets
@@ -212,26 +212,26 @@ class NeuralProcess(nn.Module):
 
 
 def make(model: ml_collections.ConfigDict) -> NeuralProcess:
-    """Build the neural process of a config's section `model`.
+    """Build the neural process that the section `model` of a config describes.
 
     Raises:
-      UserError: if its paths, attention and fusion do not go together.
+      UserError: if the paths, the attention and the fusion are incompatible.
     """
     if model.paths == 'latent' and model.cross_attention:
         raise UserError(
-            f'config.model.cross_attention = {model.cross_attention}: expected 0, because there is '
-            f"one z for all targets. Try config.model.paths = 'both'"
+            f'config.model.cross_attention = {model.cross_attention}: expected 0, because all '
+            f"targets share one z. Try config.model.paths = 'both'"
         )
     for key in ('self_attention', 'cross_attention'):
         if model[key] and model.encoder_width % model[key]:
             raise UserError(
-                f'config.model.{key} = {model[key]}: expected a number of heads that '
-                f'divides config.model.encoder_width = {model.encoder_width}'
+                f'config.model.{key} = {model[key]}: expected a divisor of '
+                f'config.model.encoder_width = {model.encoder_width}'
             )
     if model.fusion.name in fusion.ONE_HOT:
         raise UserError(
             f'config.model.fusion.name = {model.fusion.name!r}: expected a fusion for dense '
-            f"contexts, because r and z are vectors, not ids. Try 'mi'"
+            f"contexts, because r and z are not one-hot. Try 'mi'"
         )
     return NeuralProcess(
         decoder=network.make(model, features=2, context='dense'),

@@ -1,30 +1,32 @@
-"""Predict a function from a few of its points: where should a decoder meet the latent?
+"""Prediction of functions from a few points, which compares fusions in a decoder.
 
-Every step draws new functions (`tasks`), and for each a number of points of context, uniform in
-0 … `max_context`. The loss is that of the held-out targets alone, per target:
+Every step draws new functions (`tasks`), each with a number of context points that is uniform in
+0 … `max_context`. The loss per target only includes held-out targets:
 
     deterministic path   −log p(y | context)
-    otherwise            −ELBO, as in Garnelo et al. (2018b), equation 9, with one sample of z
+    other paths          −ELBO with one sample of z (Garnelo et al., 2018b, equation 9)
 
-Evaluations draw the same functions for all models of a seed, and give for each number of points of
-context
+Evaluations draw the same functions for all models of a seed. They compute these metrics for each
+number of context points:
 
-    log_likelihood            of all targets together, per target; of a latent z the
-                              importance-weighted bound of `samples` draws that saw the targets
-    marginal_log_likelihood   of each target alone, with draws that did not, as all below
-    mse                       of the predictive mean, on noisy targets
-    coverage_50, _90          share of targets in the central interval of 50 and 90 %
+    log_likelihood            joint log-likelihood of all targets, per target; for a latent z, the
+                              importance-weighted bound with `samples` draws from the posterior
+    marginal_log_likelihood   log-likelihood of each target alone; this and all metrics below use
+                              draws from the prior
+    mse                       mean squared error of the predictive mean on noisy targets
+    coverage_50, _90          fraction of targets in the central interval of 50 and 90 %
     calibration_error         mean |coverage − level| over the levels 10, 20, … 90 %
 
-in the splits `eval`, the mean over these numbers, `contexts`, as `mse/4` for 4 points, and that of
-the family of a mixture; and in `gp_eval` and so on those of Gaussian-process regression with the
-kernel that drew the function, whose likelihood no model can beat in expectation.
+The split `eval` has the means over all numbers of context points. The split `contexts` has the
+value for each number, such as `mse/4` for 4 points. For a mixture, each family has its own split.
+`gp_eval` and the other splits with the prefix `gp_` have the metrics of Gaussian-process regression
+with the true kernel, whose expected likelihood no model can exceed.
 
-Shapes: F functions, C points of context, T targets, S samples; x, y [F, …].
+Shapes: F functions, C context points, T targets, S samples; x, y [F, …].
 
-Source: the models are of Garnelo et al. (2018a, b) and Kim et al. (2019). That a decoder by
-multiplicative interactions should be compared with concatenation at the input and at every layer is
-of Jayakumar et al. (ICLR 2020), recalled; the functions, sizes and training are ours.
+Source: Garnelo et al. (2018a, b) and Kim et al. (2019) for the models. The comparison of a
+multiplicative decoder with concatenation at the input and at every layer is that of Jayakumar et
+al. (ICLR 2020), recalled from memory. The functions, sizes and training are ours.
 """
 
 import dataclasses
@@ -59,14 +61,14 @@ SCHEMA: dict[str, Rule] = {
 
 
 class Settings(NamedTuple):
-    """Sizes; keys of `config.problem`.
+    """Sizes of the problem, from `config.problem`.
 
     Attributes:
-      max_context: C, points of context at most.
-      targets: T.
-      functions: F of an evaluation.
-      contexts: numbers of points of context in an evaluation.
-      samples: S of an evaluation.
+      max_context: maximum number of context points, C.
+      targets: number of targets, T.
+      functions: number of functions in an evaluation, F.
+      contexts: numbers of context points in an evaluation.
+      samples: number of samples in an evaluation, S.
     """
 
     max_context: int
@@ -77,7 +79,7 @@ class Settings(NamedTuple):
 
 
 class Examples(NamedTuple):
-    """Functions for a figure: f on a grid [GRID_SIZE], and points of context."""
+    """Functions for a figure: values on a grid [GRID_SIZE], and context points."""
 
     functions: tasks.Functions
     context: Points
@@ -86,12 +88,12 @@ class Examples(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Regression(Problem):
-    """Learn to predict functions from points of context; every batch is drawn fresh.
+    """The problem of predicting functions from context points, with fresh functions in each batch.
 
     Attributes:
       model: the neural process.
-      distribution: where functions come from.
-      settings: sizes.
+      distribution: distribution of the functions.
+      settings: sizes of the problem.
     """
 
     model: network.NeuralProcess
@@ -100,7 +102,7 @@ class Regression(Problem):
 
     @property
     def has_latent(self) -> bool:
-        """Whether the model draws a z."""
+        """Whether the model has a latent z."""
         return self.model.paths != 'deterministic'
 
     def init_params(self, key: PRNGKey, world: World) -> Params:
@@ -109,31 +111,31 @@ class Regression(Problem):
         return self.model.init(key, points, points, points == 0, targets, epsilon)
 
     def split(self, functions: tasks.Functions, counts: Array) -> tuple[Points, Array, Array]:
-        """Return context [F, C] with the first counts [F] visible, and targets x, y."""
+        """Split points into a context [F, C], with the first `counts` [F] visible, and targets."""
         C = self.settings.max_context
         mask = jnp.arange(C)[None] < counts[:, None]
         context = Points(functions.x[:, :C], functions.y[:, :C], mask)
         return context, functions.x[:, C:], functions.y[:, C:]
 
     def infer(self, params: Params, points: Points) -> Gaussian:
-        """Return q(z | points) [F, m]."""
+        """Compute q(z | points) [F, m]."""
         return cast(Gaussian, self.model.apply(params, points, method='infer'))
 
     def infer_both(
         self, params: Params, context: Points, x: Array, y: Array
     ) -> tuple[Gaussian, Gaussian]:
-        """Return q(z | context) and q(z | context, targets), [F, m] each."""
+        """Compute q(z | context) and q(z | context, targets), [F, m] each."""
         targets = Points(x, y, jnp.ones(x.shape, bool))
         joined = jax.tree.map(lambda *parts: jnp.concatenate(parts, -1), context, targets)
         return self.infer(params, context), self.infer(params, joined)
 
     def represent(self, params: Params, context: Points, x: Array) -> Array | None:
-        """Return r [F, T or 1, m] for targets at x [F, T]; None if there is z alone."""
+        """Compute r [F, T or 1, m] for targets at x [F, T]; return None on the latent path."""
         r: Array | None = self.model.apply(params, context, x, method='represent')
         return r
 
     def decode(self, params: Params, r: Array | None, z: Array | None, x: Array) -> Gaussian:
-        """Predict at x [F, T], given r and z [F, m], whichever there is."""
+        """Predict targets at x [F, T] from r, z [F, m] or both."""
         return cast(Gaussian, self.model.apply(params, r, z, x, method='decode'))
 
     def loss(self, params: Params, world: World, key: PRNGKey) -> tuple[Array, Metrics]:
@@ -161,7 +163,7 @@ class Regression(Problem):
     def score(
         self, params: Params, functions: tasks.Functions, key: PRNGKey, count: Array
     ) -> Scores:
-        """Score the model with this number of points of context, the same for all functions."""
+        """Score the model on all functions with `count` context points."""
         context, x, y = self.split(functions, jnp.full(len(functions.x), count))
         r = self.represent(params, context, x)
         if not self.has_latent:
@@ -187,7 +189,7 @@ class Regression(Problem):
         return score_mixture(y, components, likelihood.compute_iw_bound(log_weights))
 
     def score_gp(self, functions: tasks.Functions, count: Array) -> Scores:
-        """Score regression with the kernel that drew each function."""
+        """Score Gaussian-process regression with the true kernel of each function."""
         context, x, y = self.split(functions, jnp.full(len(functions.x), count))
         predict = jax.vmap(gp.predict, (0, None, 0, 0))
         predictive = predict(functions.kernel, self.distribution.noise, context, x)
@@ -220,7 +222,7 @@ class Regression(Problem):
         return metrics
 
     def _summarize_counts(self, scores: Scores) -> Metrics:
-        """Return `metric/COUNT` for each number of points of context, of scores [contexts, F]."""
+        """Average scores [contexts, F] as `metric/COUNT` for each number of context points."""
         by_count = jax.vmap(summarize)(scores)
         return {
             f'{name}/{count}': values[index]
@@ -229,7 +231,7 @@ class Regression(Problem):
         }
 
     def _split_families(self, scores: Scores) -> dict[str, Scores]:
-        """Return the scores [contexts, F] of each family of a mixture; they are by turns."""
+        """Split scores [contexts, F] of a mixture by family; the families alternate."""
         families = self.distribution.families
         if len(families) == 1:
             return {}
@@ -240,17 +242,17 @@ class Regression(Problem):
         return {family: take(index) for index, family in enumerate(families)}
 
     def costs(self) -> Costs:
-        """Count a prediction of T targets from C points of context, an example being a function."""
+        """Count the costs of an example, which predicts T targets from C context points."""
         sizes = self.settings.max_context, self.settings.targets, self.model.features
         points, targets, epsilon = (jax.ShapeDtypeStruct((size,), jnp.float32) for size in sizes)
         mask = jax.ShapeDtypeStruct(points.shape, bool)
         return fit_network.costs(self.model, points, points, mask, targets, epsilon)
 
     def artifacts(self, params: Params, world: World, key: PRNGKey) -> Metrics:
-        """Return predictions on a grid from a few points, for a function of each family.
+        """Return predictions on a grid from a few points, for one function of each family.
 
-        Bands are central intervals of 90 %; samples are of the mean given a z, and those of the
-        ceiling are functions.
+        Bands are central intervals of 90 %. Samples of a model are predictive means for samples of
+        z, and samples of Gaussian-process regression are functions.
         """
         example_key, sample_key = jax.random.split(jax.random.fold_in(key, 1))
         functions, context, grid = draw_examples(example_key, self.distribution)
@@ -281,7 +283,7 @@ class Regression(Problem):
 
 
 def describe_mixture(components: Gaussian) -> Metrics:
-    """Return mean, central interval of 90 % and samples of a mixture of S Gaussians [S, F, T]."""
+    """Return the mean, 90 % central interval and samples of a mixture of Gaussians [S, F, T]."""
     return {
         'mean': components.mean.mean(0),
         'low': likelihood.compute_mixture_quantile(0.05, components),
@@ -291,7 +293,7 @@ def describe_mixture(components: Gaussian) -> Metrics:
 
 
 def draw_examples(key: PRNGKey, distribution: tasks.Distribution) -> Examples:
-    """Draw a function of each family: noisy points of context, and smooth values on a grid."""
+    """Draw a function of each family, with noisy context points and exact values on a grid."""
     kernel_key, x_key, y_key = jax.random.split(key, 3)
     num_functions = len(distribution.families)
     kernels = tasks.draw_kernels(kernel_key, distribution, num_functions)
@@ -308,24 +310,24 @@ def draw_examples(key: PRNGKey, distribution: tasks.Distribution) -> Examples:
 
 
 def make(config: ml_collections.ConfigDict) -> Regression:
-    """Build the problem of a config.
+    """Build the problem that a config describes.
 
     Raises:
-      UserError: if an evaluation asks for more context than training gives, or for fewer functions
-        than families; or as `network.make`.
+      UserError: if an evaluation has more context points than training or fewer functions than
+        families, or for the reasons in `network.make`.
     """
     problem = config.problem
     if max(problem.contexts) > problem.max_context:
         raise UserError(
             f'config.problem.contexts = {tuple(problem.contexts)}: expected at most '
-            f'config.problem.max_context = {problem.max_context}, what training gives'
+            f'config.problem.max_context = {problem.max_context}, the maximum in training'
         )
     fields = tasks.Distribution._fields
     distribution = tasks.Distribution(**{field: problem[field] for field in fields})
     if problem.functions < len(distribution.families):
         raise UserError(
             f'config.problem.functions = {problem.functions}: expected at least '
-            f'{len(distribution.families)}, one of each family'
+            f'{len(distribution.families)}, one for each family'
         )
     return Regression(
         examples=config.train.batch,

@@ -1,4 +1,4 @@
-"""Scores of predictions: likelihood, error and calibration.
+"""Scores of predictions by likelihood, error and calibration.
 
 Shapes: F functions, T targets, S samples; y [F, T].
 """
@@ -17,7 +17,7 @@ REPORTED_LEVELS = {'coverage_50': 0.5, 'coverage_90': 0.9}
 
 
 class Scores(NamedTuple):
-    """Scores of each function, [..., F], and of central intervals, [..., F, LEVELS]."""
+    """Scores of each function, [..., F], and coverage of its intervals, [..., F, LEVELS]."""
 
     log_likelihood: Array
     marginal_log_likelihood: Array
@@ -26,12 +26,12 @@ class Scores(NamedTuple):
 
 
 def score_mixture(y: Array, components: Gaussian, log_density: Array) -> Scores:
-    """Score a mixture of S Gaussians [S, F, T] on y [F, T].
+    """Score a mixture of S Gaussians [S, F, T] on targets y [F, T].
 
     Args:
-      y: targets.
-      components: Gaussians of equal weights.
-      log_density: [F], of all targets of a function together, or a bound on it.
+      y: targets [F, T].
+      components: Gaussians of the mixture, with equal weights.
+      log_density: joint log-density of all targets of each function [F], or a bound on it.
     """
     marginal = likelihood.compute_mixture_log_density(y, components)
     error = jnp.square(components.mean.mean(0) - y)
@@ -45,7 +45,7 @@ def score_mixture(y: Array, components: Gaussian, log_density: Array) -> Scores:
 
 
 def summarize(scores: Scores) -> Metrics:
-    """Return means over all axes but that of the levels."""
+    """Average scores over all axes except that of the levels."""
     coverage = scores.coverage.reshape(-1, len(LEVELS)).mean(0)
     metrics = {name: getattr(scores, name).mean() for name in Scores._fields if name != 'coverage'}
     metrics |= {name: coverage[LEVELS.index(level)] for name, level in REPORTED_LEVELS.items()}

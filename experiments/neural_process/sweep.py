@@ -1,20 +1,21 @@
-"""Neural processes: where, and by which fusion, should the decoder meet the latent?
+"""Sweep that compares fusions in the decoders of neural processes.
 
-Conditional and latent neural processes learn a mixture of draws from Gaussian processes with RBF
-kernels, with periodic kernels, and of sinusoids. The decoder takes the representation of the
-context, or the latent, by concatenation at its input, by concatenation at every layer, or at every
-layer by an MI, a low-rank MI or FiLM; all conditional models have about 15,100 parameters, all
-latent ones 20,600. Likelihood and error of held-out points and calibration, against the number of
-points of context, beside regression with the kernel that drew the function. Ten seeds.
+Conditional and latent neural processes learn a mixture of Gaussian processes with RBF kernels,
+Gaussian processes with periodic kernels, and sinusoids. The decoder fuses the target with the
+representation of the context or with the latent: by concatenation at its input, by concatenation at
+every layer, or by an MI, a low-rank MI or FiLM at every layer. All conditional models have about
+15,100 parameters, and all latent models about 20,600. The report compares the likelihood, error and
+calibration on held-out points with Gaussian-process regression by the true kernel, for several
+numbers of context points. Every arm is trained with ten seeds.
 
     python -m launch.local --sweep=experiments/neural_process/sweep.py --workdir=runs/np \
         --parallel=1
 
-The report also has neural_process.png, .pdf and .md, and neural_process_bands_PATH.png and .pdf:
-what each decoder predicts of single functions.
+The report also has neural_process.png, .pdf and .md, and neural_process_bands_PATH.png and .pdf,
+with the predictions of each decoder for single functions.
 
-Source: Garnelo et al. (2018a, b) for the models; the arms are of Jayakumar et al. (ICLR 2020),
-recalled; functions, sizes and training are ours.
+Source: Garnelo et al. (2018a, b) for the models, and Jayakumar et al. (ICLR 2020), recalled from
+memory, for the arms. The functions, sizes and training are ours.
 """
 
 import pathlib
@@ -72,7 +73,7 @@ def sweep() -> list[Overrides]:
 
 
 class ArmKey(NamedTuple):
-    """The path of a neural process, a key of PATHS, and its decoder, a value of DECODERS."""
+    """The path and the decoder of an arm: a key of PATHS, and a value of DECODERS."""
 
     path: str
     decoder: str
@@ -83,7 +84,7 @@ Values = dict[int, float]  # seed → value
 
 
 def report(workdir: pathlib.Path, out: pathlib.Path) -> None:
-    """Draw scores against context and predictions of single functions, and write tables."""
+    """Draw scores by context size and predictions of single functions, and write tables."""
     sweep = runs.read_sweep(workdir)
     arms = {make_key(arm): arm for arm in sweep.arms if arm.finite_values(METRIC, SPLIT)}
     paths = [path for path in PATHS if any(key.path == path for key in arms)]
@@ -104,7 +105,7 @@ def make_key(arm: runs.Arm) -> ArmKey:
 
 
 def read_counts(arm: runs.Arm, metric: str, split: str) -> dict[float, Values]:
-    """Return {points of context: {seed: value}} of `metric/COUNT` in a split."""
+    """Read {context points: {seed: value}} from `metric/COUNT` in a split."""
     prefix = f'{metric}/'
     names = [name for name in arm.metric_names(split) if name.startswith(prefix)]
     counts = sorted(int(name.removeprefix(prefix)) for name in names)
@@ -112,7 +113,7 @@ def read_counts(arm: runs.Arm, metric: str, split: str) -> dict[float, Values]:
 
 
 def _list_arms(arms: Arms, path: str) -> dict[str, runs.Arm]:
-    """Return {decoder: arm} of a path."""
+    """Return {decoder: arm} for a path."""
     return {key.decoder: arm for key, arm in arms.items() if key.path == path}
 
 
@@ -126,7 +127,7 @@ PANELS = {
 
 
 def _draw_scores(arms: Arms, paths: Sequence[str], out: pathlib.Path) -> None:
-    """Draw a row for each score and a column for each path, against points of context."""
+    """Draw scores against context points, with a row for each score and a column for each path."""
     styles = panels.assign_styles(DECODERS.values(), grey=BASELINE_DECODERS)
     figure = Figure(figsize=(plots.WIDTH, 6.2), layout='constrained')
     panel_grid = figure.subplots(len(PANELS), len(paths), sharex=True, sharey='row', squeeze=False)
@@ -153,7 +154,7 @@ def _draw_scores(arms: Arms, paths: Sequence[str], out: pathlib.Path) -> None:
 def _draw_counts(
     axes: Axes, values: Mapping[float, Values], label: str, style: panels.Style
 ) -> None:
-    """Draw a line at evenly spaced ticks, one for each number of points of context."""
+    """Draw a line with evenly spaced ticks, one for each number of context points."""
     counts = list(values)
     by_place = {place: values[count] for place, count in enumerate(counts)}
     panels.draw_line(axes, by_place, label, style)
@@ -164,7 +165,7 @@ def _draw_counts(
 
 
 def _draw_bands(workdir: pathlib.Path, arms: Arms, path: str, out: pathlib.Path) -> None:
-    """Draw a row for each decoder and the ceiling, and a column for each family: the first seed."""
+    """Draw predictions of the first seed, by decoder or ceiling (row) and by family (column)."""
     artifacts = {
         decoder: roll_outs.load_artifacts(workdir, arm.label)
         for decoder, arm in _list_arms(arms, path).items()
@@ -192,7 +193,7 @@ def _draw_bands(workdir: pathlib.Path, arms: Arms, path: str, out: pathlib.Path)
 def _draw_function(
     axes: Axes, arrays: Mapping[str, np.ndarray], prefix: str, index: int, num_samples: int
 ) -> None:
-    """Draw band, mean and samples of a prediction, the function and its context."""
+    """Draw a function, its context points, and the band, mean and samples of a prediction."""
     color = plots.INK if prefix else plots.PALETTE[0]
     grid = arrays['grid'][0]
     low, high = (arrays[f'{prefix}{name}'][0, index] for name in ('low', 'high'))
@@ -216,7 +217,7 @@ def tabulate_path(arms: Arms, path: str) -> list[str]:
     families = [family for family in FAMILIES if first_arm.metric_names(family)]
 
     def tabulate(columns: Mapping[str, tuple[str, str]]) -> str:
-        """Tabulate columns of title → (metric, split), for each decoder and the ceiling."""
+        """Tabulate columns {title: (metric, split)} for each decoder and the ceiling."""
         rows = [(decoder, arm, '') for decoder, arm in by_decoder.items()]
         rows.append((CEILING, first_arm, 'gp_'))
         body = []
@@ -248,8 +249,8 @@ def tabulate_path(arms: Arms, path: str) -> list[str]:
 def _tabulate_differences(by_decoder: Mapping[str, runs.Arm]) -> str:
     """Tabulate the likelihood and its differences from both concatenations, paired by seed.
 
-    The p-values are of sign-flip tests against concatenation at the input, and are corrected by
-    Holm for the number of decoders.
+    The p-values are from sign-flip tests against concatenation at the input, with Holm's correction
+    for the number of decoders.
     """
     values = {decoder: arm.final_values(METRIC, SPLIT) for decoder, arm in by_decoder.items()}
     baselines = [decoder for decoder in BASELINE_DECODERS if decoder in values]

@@ -1,16 +1,16 @@
-"""Functions to regress on: draws from Gaussian processes whose kernels have random parameters.
+"""Random functions, drawn from Gaussian processes whose kernels have random parameters.
 
     rbf        k(x, x′) = s² exp(−(x − x′)² / 2ℓ²)
     periodic   k(x, x′) = s² exp(−2 sin²(π(x − x′)/p) / ℓ²)
     sinusoid   k(x, x′) = s² cos(2π(x − x′)/p),  so that f(x) = u cos(2πx/p) + v sin(2πx/p) with
-               u, v ~ N(0, s²): the amplitude is random, and so is the phase
-    mixture    the three by turns
+               u, v ~ N(0, s²), which has a random amplitude and a random phase
+    mixture    all three in turn
 
-A value is y = f(x) + noise, at x uniform in [−RANGE, RANGE]. Every function draws s, ℓ and p
-uniformly in intervals. As the sinusoid is a Gaussian process too, regression with the kernel that
-drew a function is exact for all of them (`gp`).
+Values are y = f(x) + noise, at x uniform in [−RANGE, RANGE]. Every function draws s, ℓ and p
+uniformly from intervals. Because the sinusoid is also a Gaussian process, regression with the true
+kernel is exact for all families (see `gp`).
 
-Shapes: F functions of N points each; x, y [F, N].
+Shapes: F functions with N points each; x, y [F, N].
 """
 
 from typing import NamedTuple
@@ -29,7 +29,7 @@ Interval = tuple[float, float]
 
 
 def interval(value: object) -> str:
-    """Return what is expected of an interval of positive numbers, '' for a valid one."""
+    """Return a description of valid intervals of positive numbers, or '' if the value is valid."""
     find_violation = number(0, exclusive=True)
     if isinstance(value, tuple | list) and len(value) == 2 and not any(map(find_violation, value)):
         low, high = value
@@ -49,14 +49,14 @@ SCHEMA: dict[str, Rule] = {
 
 
 class Distribution(NamedTuple):
-    """Where functions come from; keys of `config.problem`.
+    """A distribution of functions, from `config.problem`.
 
     Attributes:
       family: one of FAMILIES, or MIXTURE.
       noise: standard deviation of y around f(x).
       scale: interval of s.
-      length: interval of ℓ of rbf, in the units of x.
-      periodic_length: interval of ℓ of periodic.
+      length: interval of ℓ for rbf, in units of x.
+      periodic_length: interval of ℓ for periodic.
       period: interval of p.
     """
 
@@ -69,12 +69,12 @@ class Distribution(NamedTuple):
 
     @property
     def families(self) -> tuple[str, ...]:
-        """The families that are drawn by turns."""
+        """The families to draw from, in turn."""
         return FAMILIES if self.family == MIXTURE else (self.family,)
 
 
 class Kernel(NamedTuple):
-    """The kernel that a function is drawn from: family (its index in FAMILIES), s, ℓ and p."""
+    """The kernel of a function: family, as an index in FAMILIES, s, ℓ and p."""
 
     family: Array
     scale: Array
@@ -83,7 +83,7 @@ class Kernel(NamedTuple):
 
 
 class Functions(NamedTuple):
-    """Functions with their kernels [F], and their values y at x [F, N]."""
+    """Functions, given by their kernels [F] and by their values y at x [F, N]."""
 
     kernel: Kernel
     x: Array
@@ -91,7 +91,7 @@ class Functions(NamedTuple):
 
 
 def compute_covariance(kernel: Kernel, x1: Array, x2: Array) -> Array:
-    """Return k(x1, x2) [N, M] of one function, without noise, for x1 [N] and x2 [M]."""
+    """Compute k(x1, x2) [N, M] of one function, without noise, for x1 [N] and x2 [M]."""
     difference = x1[:, None] - x2[None]
     # cos(2π(x − x′)/p) from N + M angles, as 2 sin² α = 1 − cos 2α: a cosine is slow on CPUs.
     angles1, angles2 = (2 * jnp.pi * x / kernel.period for x in (x1, x2))
@@ -104,7 +104,7 @@ def compute_covariance(kernel: Kernel, x1: Array, x2: Array) -> Array:
 
 
 def draw_kernels(key: PRNGKey, distribution: Distribution, num_functions: int) -> Kernel:
-    """Draw kernels [F], their families by turns."""
+    """Draw kernels [F] with alternating families."""
     family_ids = jnp.array([FAMILIES.index(family) for family in distribution.families])
     family = family_ids[jnp.arange(num_functions) % len(family_ids)]
 
@@ -124,7 +124,7 @@ def draw_kernels(key: PRNGKey, distribution: Distribution, num_functions: int) -
 
 
 def draw_values(key: PRNGKey, kernel: Kernel, x: Array, noise: Array) -> Array:
-    """Draw y [N] of one function at x [N], with the standard deviation of the noise [N]."""
+    """Draw y [N] of one function at x [N], given the standard deviation of the noise [N]."""
     covariance = compute_covariance(kernel, x, x) + jnp.diag(jnp.square(noise))
     return jnp.linalg.cholesky(covariance) @ jax.random.normal(key, x.shape)
 
@@ -132,7 +132,7 @@ def draw_values(key: PRNGKey, kernel: Kernel, x: Array, noise: Array) -> Array:
 def draw_functions(
     key: PRNGKey, distribution: Distribution, num_functions: int, num_points: int
 ) -> Functions:
-    """Draw functions and noisy values of them, at points of their own each."""
+    """Draw functions and their noisy values, with different points for each function."""
     kernel_key, x_key, y_key = jax.random.split(key, 3)
     kernels = draw_kernels(kernel_key, distribution, num_functions)
     shape = num_functions, num_points

@@ -1,1 +1,1 @@
-"""Few examples per task: regression with a context."""
+"""Regression with a context and few examples per task."""

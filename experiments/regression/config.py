@@ -1,7 +1,7 @@
-"""Sixteen regressions of each of two families: y = a x + b, and y = a sin(10 x) + b.
+"""Config for sixteen regression tasks from each of two families, a x + b and a sin(10 x) + b.
 
-Source: ours, with every constant. Whether Jayakumar et al. (ICLR 2020) have such families is not
-known to us, see docs/paper.md.
+Source: the experiment and all constants are ours. We do not know whether Jayakumar et al. (ICLR
+2020) use such families, see docs/paper.md.
 
     python -m mi.main --config=experiments/regression/config.py --workdir=runs/regression
 

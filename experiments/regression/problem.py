@@ -1,22 +1,23 @@
-"""Many regression tasks: which fusion of input and task needs the fewest examples of each?
+"""Many regression tasks, which compare fusions of input and task by the examples they need.
 
     affine      y = a x + b
     sinusoid    y = a sin(10 x) + b
 
-A seed draws T tasks, by turns of the one family and of the other, with a, b uniform in [−1, 1], and
-N examples of each, with x uniform in [−1, 1] and Gaussian noise on y. Errors are those of the
-function without noise, at evenly spaced x. What a network knows of the task, `problem.context`:
+A seed draws T tasks from the two families in turn, with a and b uniform in [−1, 1]. Each task has N
+examples, with x uniform in [−1, 1] and Gaussian noise on y. Errors are relative to the noiseless
+function, at evenly spaced x. The network receives one of three contexts (`problem.context`):
 
-    one_hot      z = e_i, its number
-    descriptor   z = P(s + noise), s = (1 − f, f, a, b) with f = 0 for affine and 1 for sinusoid, P
-                 a matrix that the seed draws; the noise is drawn once for each task
-    inferred     z = ψ(mean_j φ(x_j, y_j)) of a few examples of it, φ and ψ learned with the rest
+    one_hot      z = e_i, the index of the task
+    descriptor   z = P(s + noise), where s = (1 − f, f, a, b), with f = 0 for affine and 1 for
+                 sinusoid. The seed draws the matrix P, and the noise is drawn once for each task.
+    inferred     z = ψ(mean_j φ(x_j, y_j)) of a few examples, where φ and ψ are learned with the
+                 network
 
-New tasks come with K examples each; `Regression._evaluate_new` says how they are learned.
+New tasks have K examples each; `Regression._evaluate_new` describes how they are learned.
 
 Shapes: T tasks, E examples of each; x, y [T, E], z [T, m].
 
-Source: ours, with every constant; see docs/paper.md.
+Source: the experiment and all constants are ours; see docs/paper.md.
 """
 
 import dataclasses
@@ -57,13 +58,13 @@ SCHEMA: dict[str, Rule] = {
 
 
 class Tasks(NamedTuple):
-    """Tasks and what is known of them.
+    """Tasks with their contexts and examples.
 
     Attributes:
-      family: [T], 0 for affine and 1 for sinusoid.
-      a, b: [T].
-      z: [T, m], their contexts where these are not inferred.
-      x, y: [T, E], examples.
+      family: family of each task [T], 0 for affine and 1 for sinusoid.
+      a, b: parameters of each task [T].
+      z: context of each task [T, m], unless contexts are inferred.
+      x, y: examples [T, E].
     """
 
     family: Array
@@ -75,14 +76,14 @@ class Tasks(NamedTuple):
 
 
 class RegressionWorld(NamedTuple):
-    """The tasks of a seed: those to train on, and new ones."""
+    """The tasks that a seed draws: known tasks for training, and new tasks."""
 
     known: Tasks
     new: Tasks
 
 
 class Settings(NamedTuple):
-    """The tasks and what the network knows of them; keys of `config.problem`."""
+    """Options of the tasks and their contexts, from `config.problem`."""
 
     context: str
     tasks: int
@@ -92,7 +93,7 @@ class Settings(NamedTuple):
 
 
 class TransferSettings(NamedTuple):
-    """How new tasks are learned; keys of `config.transfer`."""
+    """Options for learning new tasks, from `config.transfer`."""
 
     tasks: int
     shots: tuple[int, ...]
@@ -101,11 +102,11 @@ class TransferSettings(NamedTuple):
 
 
 class Encoder(nn.Module):
-    """A context of a set of examples: z = ψ(mean_j φ(x_j, y_j)), φ with two hidden layers.
+    """An encoder that infers a context from examples: z = ψ(mean_j φ(x_j, y_j)).
 
     Attributes:
-      features: m.
-      width: of the hidden layers.
+      features: number of context features m.
+      width: width of the two hidden layers of φ.
     """
 
     features: int
@@ -113,7 +114,7 @@ class Encoder(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, y: Array, weights: Array) -> Array:
-        """x, y [..., E], and weights [..., E] that sum to 1 → [..., m]."""
+        """Map examples x and y [..., E], with weights [..., E] that sum to 1, to z [..., m]."""
         hidden = jnp.stack([x, y], -1)
         for _ in range(2):
             hidden = nn.relu(nn.Dense(self.width)(hidden))
@@ -121,25 +122,25 @@ class Encoder(nn.Module):
 
 
 def compute_values(tasks: Tasks, x: Array) -> Array:
-    """Return the functions of the tasks, without noise, at x [T, E]."""
+    """Compute the noiseless functions of the tasks at x [T, E]."""
     shape = jnp.where(tasks.family[:, None] == 0, x, jnp.sin(10 * x))
     return tasks.a[:, None] * shape + tasks.b[:, None]
 
 
 @dataclasses.dataclass(frozen=True)
 class Regression(Problem):
-    """Learn known tasks, then new ones from few examples; the world of a seed is its tasks.
+    """The problem of learning known tasks, and then new tasks from few examples.
 
     Attributes:
-      model: (x, z) → y.
-      encoder: of an inferred context; None if contexts are not inferred.
-      settings: the config's section `problem`.
-      transfer: the config's section `transfer`.
-      features: m.
-      batch: examples of each task in a step.
-      is_one_hot: whether the fusion takes one-hot contexts only, so that new tasks have none.
-      learns_alone: whether the network has no context, so that a new task trains a fresh one.
-      learning_rate: of a network that learns a new task alone.
+      model: module (x, z) → y.
+      encoder: encoder of inferred contexts; None if contexts are not inferred.
+      settings: section `problem` of the config.
+      transfer: section `transfer` of the config.
+      features: number of context features m.
+      batch: number of examples of each task in a step.
+      is_one_hot: whether the fusion only accepts one-hot contexts, which new tasks do not have.
+      learns_alone: whether the network has no context, so that a new task trains a new network.
+      learning_rate: learning rate of a network that learns a new task alone.
     """
 
     model: network.FusedMLP
@@ -183,13 +184,13 @@ class Regression(Problem):
         return params
 
     def _predict(self, params: Params, z: Array, x: Array) -> Array:
-        """Return y [T, E] at x [T, E] for contexts z [T, m]."""
+        """Predict y [T, E] at x [T, E] for contexts z [T, m]."""
         variables = {'params': params['network']}
         prediction: Array = self.model.apply(variables, x[..., None], z[:, None])
         return prediction[..., 0]
 
     def _infer(self, params: Params, x: Array, y: Array, weights: Array) -> Array:
-        """Return contexts [T, m] of weighted examples [T, E]."""
+        """Infer contexts [T, m] from weighted examples [T, E]."""
         assert self.encoder is not None
         context: Array = self.encoder.apply({'params': params['encoder']}, x, y, weights)
         return context
@@ -209,7 +210,7 @@ class Regression(Problem):
         return mse, {'mse': mse}
 
     def _predict_known(self, params: Params, world: RegressionWorld) -> tuple[Array, Array, Array]:
-        """Return grid, predictions and values of the known tasks, [T, POINTS] each."""
+        """Compute the grid, the predictions and the values of known tasks, [T, POINTS] each."""
         tasks = world.known
         z = tasks.z
         if self.encoder is not None:
@@ -232,16 +233,16 @@ class Regression(Problem):
     def _evaluate_new(
         self, params: Params, world: RegressionWorld, fresh_params: Params
     ) -> Metrics:
-        """Return errors on new tasks, `mse/K` after K examples of each and `mse/0` before.
+        """Compute errors on new tasks: `mse/K` after K examples of each, and `mse/0` before them.
 
-        An inferred context is that of the K examples, and nothing is learned. Other contexts are
-        learned from them by gradient, each task its own, with everything else fixed. One-hot
-        contexts have no entry for a new task: its z, with an entry for each known task, starts at
-        their mean, so that it learns in which shares to mix their rows of the parameters. A
-        descriptor starts as it came.
+        Inferred contexts are computed from the K examples, without any learning. Other contexts are
+        learned from the K examples by gradient descent, separately for each task, with all other
+        parameters fixed. One-hot contexts have no entry for a new task. Its z therefore starts at
+        the mean of the known tasks and learns a mixture of their parameters. Descriptors start at
+        their given values.
 
-        The fusion 'none' has no context to learn. There, all of `fresh_params` are learned from the
-        K examples alone, as a network does without other tasks.
+        The fusion 'none' has no context to learn. Instead, all of `fresh_params` are learned from
+        the K examples, as in a network that is trained without other tasks.
         """
         # Where the contexts of new tasks start.
         tasks = world.new
@@ -253,13 +254,13 @@ class Regression(Problem):
             initial_z = jnp.full((len(tasks.x), num_known), 1 / num_known)
 
         def compute_error(params: Params, z: Array, x: Array, y: Array) -> Array:
-            """Return the error of one task, with z [m] and x, y [E]."""
+            """Compute the error on one task, with z [m] and x, y [E]."""
             return jnp.mean(jnp.square(self._predict(params, z[None], x[None])[0] - y))
 
         def learn_and_test(
             K: int, z: Array, x: Array, y: Array, grid: Array, targets: Array
         ) -> Array:
-            """Return the error of one task after the first K of its examples."""
+            """Compute the error on one task after learning from its first K examples."""
             x, y = x[:K], y[:K]
             steps = self.transfer.steps
             if self.learns_alone:
@@ -290,7 +291,7 @@ class Regression(Problem):
         return {metric_name: task_errors.mean() for metric_name, task_errors in errors.items()}
 
     def costs(self) -> Costs:
-        """Count the network and, if there is one, the encoder of a context of one example."""
+        """Count the costs of the network, and of the encoder, if there is one, for one example."""
         x, z = (jax.ShapeDtypeStruct((size,), jnp.float32) for size in (1, self.features))
         model_costs = network.costs(self.model, x, z)
         if self.encoder is not None:
@@ -306,18 +307,18 @@ class Regression(Problem):
 
 
 def make(config: ml_collections.ConfigDict) -> Regression:
-    """Build the problem of a config; a step has `train.batch` examples of every task.
+    """Build the problem that a config describes; a step has `train.batch` examples of every task.
 
     Raises:
-      UserError: if the fusion needs one-hot contexts and the problem has others.
+      UserError: if the fusion needs one-hot contexts, but the contexts are not one-hot.
     """
     settings = Settings(**{field: config.problem[field] for field in Settings._fields})
     context, fusion_name = settings.context, config.model.fusion.name
     is_one_hot = fusion_name in fusion.ONE_HOT
     if is_one_hot and context != 'one_hot':
         raise UserError(
-            f'config.model.fusion.name = {fusion_name!r} is for contexts that are one-hot: '
-            f"expected config.problem.context = 'one_hot', not {context!r}"
+            f"config.problem.context = {context!r}: expected 'one_hot', because "
+            f'config.model.fusion.name = {fusion_name!r} needs one-hot contexts'
         )
 
     # The size of z, which depends on what says which task it is.
@@ -343,7 +344,7 @@ def make(config: ml_collections.ConfigDict) -> Regression:
 
 
 def _draw_examples(key: PRNGKey, tasks: Tasks, num_examples: int) -> tuple[Array, Array]:
-    """Draw examples of every task with replacement, x and y [T, count]."""
+    """Draw examples x and y [T, count] of every task, with replacement."""
     example_ids = jax.random.randint(key, (len(tasks.x), num_examples), 0, tasks.x.shape[-1])
     return jnp.take_along_axis(tasks.x, example_ids, -1), jnp.take_along_axis(
         tasks.y, example_ids, -1
@@ -351,7 +352,7 @@ def _draw_examples(key: PRNGKey, tasks: Tasks, num_examples: int) -> tuple[Array
 
 
 def _weigh_first(num_weighted: Array, num_examples: int) -> Array:
-    """Return equal weights [T, count] for the first `size` [T, 1] examples, 0 for the others."""
+    """Return equal weights [T, count] for the first `size` [T, 1] examples, and 0 for the rest."""
     return jnp.where(jnp.arange(num_examples)[None] < num_weighted, 1 / num_weighted, 0.0)
 
 

@@ -1,18 +1,18 @@
-"""Many regression tasks: which fusion of input and task needs the fewest examples of each?
+"""Sweep that compares fusions by the number of examples that regression tasks need.
 
-Affine functions and sinusoids, half of the tasks each. The task comes as its number, as a noisy
-descriptor or as a context inferred from at most 16 of its examples; networks of two hidden layers
-(concat_mlp has one more) and about 6,000 parameters differ in the fusion with it. Errors on known
-tasks against the examples of each, and on new tasks against the examples that these come with. Ten
-seeds, and ten others.
+Half of the tasks are affine functions, and half are sinusoids. The context of a task is its index,
+a noisy descriptor, or inferred from at most 16 examples. Networks with two hidden layers
+(concat_mlp has three) and about 6,000 parameters differ in the fusion of input and context. The
+report shows errors on known tasks against the number of training examples, and errors on new tasks
+against the number of their examples. Every arm is trained with two sets of ten seeds.
 
     python -m launch.local --sweep=experiments/regression/sweep.py --workdir=runs/regression \
         --parallel=2
 
-The report also has regression.png, .pdf and .md, and regression_tasks.png and .pdf: errors against
-examples, and what is learned of single tasks.
+The report also has regression.png, .pdf and .md, with errors against the number of examples, and
+regression_tasks.png and .pdf, with the predictions for single tasks.
 
-Source: ours; see docs/paper.md.
+Source: the experiment is ours; see docs/paper.md.
 """
 
 import json
@@ -99,7 +99,7 @@ ArmByKey = dict[tuple[str, str, int], runs.Arm]  # fusion, context, examples →
 
 
 def report(workdir: pathlib.Path, out: pathlib.Path) -> None:
-    """Draw errors of known and of new tasks against examples, and write tables of both."""
+    """Draw errors on known and new tasks against the number of examples, and write tables."""
     sweep = runs.read_sweep(workdir)
     arms = {_make_key(arm): arm for arm in sweep.arms if arm.finite_values(METRIC, SPLIT)}
     fusions = list(dict.fromkeys(fusion for fusion, _, _ in arms))
@@ -154,7 +154,7 @@ def _make_key(arm: runs.Arm) -> tuple[str, str, int]:
 
 
 def _read_known(arms: ArmByKey, fusion: str, context: str) -> dict[float, dict[int, float]]:
-    """Return {examples of each task: {seed: error}}."""
+    """Read the errors on known tasks, {examples of each task: {seed: error}}."""
     return {
         num_examples: arm.final_values(METRIC, SPLIT)
         for (arm_fusion, arm_context, num_examples), arm in sorted(arms.items())
@@ -163,7 +163,7 @@ def _read_known(arms: ArmByKey, fusion: str, context: str) -> dict[float, dict[i
 
 
 def _read_new(arms: ArmByKey, fusion: str, context: str) -> dict[float, dict[int, float]]:
-    """Return {examples of a new task: {seed: error}}; 'none' has the same for every context."""
+    """Read the errors on new tasks, {examples: {seed: error}}; all contexts share 'none'."""
     arm = arms.get((fusion, 'one_hot' if fusion == 'none' else context, TRANSFER_EXAMPLES))
     if arm is None:
         return {}
@@ -181,7 +181,7 @@ def _format_axes(axes: Axes, label: str, numbers: list[float]) -> None:
 
 
 def _draw_tasks(workdir: pathlib.Path, out: pathlib.Path) -> None:
-    """Draw two tasks of each family as two networks learned them, of the first seed."""
+    """Draw two tasks of each family, and the predictions of two networks of the first seed."""
     members = json.loads((workdir / 'sweep.json').read_text())['members']
     artifacts = {}
     for member in members:
@@ -219,7 +219,7 @@ def _draw_tasks(workdir: pathlib.Path, out: pathlib.Path) -> None:
 def _tabulate_errors(
     arms: ArmByKey, fusions: list[str], draws: tuple[tuple[int, ...], ...]
 ) -> list[str]:
-    """Tabulate errors of known and of new tasks, with the agreement of both sets of seeds."""
+    """Tabulate errors on known and new tasks, and the rank agreement of both sets of seeds."""
     sections = []
     for context, context_title in CONTEXTS.items():
         for tasks_title, read_errors in (('Known tasks', _read_known), ('New tasks', _read_new)):

@@ -1,1 +1,1 @@
-"""Functions of sequences that attention can and cannot express."""
+"""Functions of sequences, which attention and its alternatives can or cannot express."""

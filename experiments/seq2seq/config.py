@@ -1,12 +1,12 @@
-"""Transformers and replacements of their attention, on functions of short sequences.
+"""Config for Transformers with attention or other mixers, on functions of short sequences.
 
-Source: the question is that of Yun et al., Are Transformers universal approximators of
-sequence-to-sequence functions? (ICLR 2020), who prove what attention and a few other mixings can
-represent; the targets, the sizes and the training are ours.
+Source: the question of Yun et al., Are Transformers universal approximators of sequence-to-sequence
+functions? (ICLR 2020), who prove which functions attention and some other mixers can represent. The
+targets, the sizes and the training are ours.
 
     python -m mi.main --config=experiments/seq2seq/config.py --workdir=runs/sequences
 
-A network for each of four targets and five seeds, trained simultaneously.
+Networks for four targets and five seeds are trained simultaneously.
 """
 
 import ml_collections

@@ -1,19 +1,21 @@
-"""Mixers of the tokens of a sequence: attention, and what can stand in its place.
+"""Mixers of the tokens in a sequence: attention, and alternatives to it.
 
-Shapes: x [..., n, C], n tokens, to y [..., n, C]; H heads of C / H channels each. All but the
-summary have the frame of attention: values v_s = A_v x_s + c_v, a weight for each pair of tokens
-and each head, y_t = A_o [Σ_s w_ts v_s of every head] + c_o. They differ in what w_ts depends on.
+All mixers map x [..., n, C], with n tokens, to y [..., n, C]. All except the summary have the form
+of attention with H heads of C / H channels: values v_s = A_v x_s + c_v are weighted by w_ts for
+each pair of tokens and each head, and y_t = A_o [Σ_s w_ts v_s of every head] + c_o. They differ in
+the weights w_ts:
 
-    attention      softmax_s(qᵀk / √d)    on both tokens, and on all others by the softmax
-    pairs          f(x_t, x_s) / √n       on both tokens, f the fusion
-    dynamic_conv   softmax_j(Q x_t)       on the token that reads and on the distance j
-    fixed          M_ts                   on the two places alone
-    summary        y_t = f(x_t, z), z the mean over the tokens: no product of two tokens
+    attention      softmax_s(qᵀk / √d)    depends on both tokens, and by the softmax on all others
+    pairs          f(x_t, x_s) / √n       depends on both tokens, by the fusion f
+    dynamic_conv   softmax_j(Q x_t)       depends on the reading token and on the distance j
+    fixed          M_ts                   depends only on the two positions
+    summary        y_t = f(x_t, z), where z is a mean over tokens, without products of two tokens
 
-Attention, pairs and summary commute with permutations of the tokens; the other two know the order.
+Attention, pairs and summary commute with permutations of the tokens. The other two depend on the
+order.
 
-Products of a pair are multiplied and summed, not batches of small matrices: of sequences of five
-tokens XLA's CPU backend multiplies the latter several times slower.
+Products of pairs are computed elementwise and summed, instead of as batches of small matrix
+products, which are several times slower on CPU for sequences of five tokens.
 """
 
 from collections.abc import Callable
@@ -30,10 +32,12 @@ Fuse = Callable[..., nn.Module]
 
 
 class SmallAttention(nn.Module):
-    """w_ts = softmax_s(qᵀk / √d): `mi.motifs.attention.Attention`, with its parameters.
+    """Attention, w_ts = softmax_s(qᵀk / √d).
+
+    The parameters are those of `mi.motifs.attention.Attention`.
 
     Attributes:
-      heads: H.
+      heads: number of heads H.
     """
 
     heads: int
@@ -47,13 +51,14 @@ class SmallAttention(nn.Module):
 
 
 class Pairs(nn.Module):
-    """w_ts = f(x_t, x_s) / √n, a weight per head, by the fusion of the two tokens.
+    """A mixer whose weights are a fusion of the two tokens, w_ts = f(x_t, x_s) / √n.
 
-    With an interaction, f has x_tᵀ W_h x_s; without one it is a sum of what each token says.
+    With a multiplicative interaction, f contains x_tᵀ W_h x_s. Without an interaction, it is a sum
+    of functions of the two tokens.
 
     Attributes:
-      heads: H.
-      fuse: features → module (x, z) → y.
+      heads: number of heads H.
+      fuse: constructor of the fusion, features → module (x, z) → y.
     """
 
     heads: int
@@ -67,10 +72,12 @@ class Pairs(nn.Module):
 
 
 class Fixed(nn.Module):
-    """w_ts = M_hts, the same for every sequence: M [H, n, n], of variance 1 / n at the start.
+    """A mixer with the same weights for every sequence, w_ts = M_hts.
+
+    M [H, n, n] is initialized with variance 1 / n.
 
     Attributes:
-      heads: H.
+      heads: number of heads H.
     """
 
     heads: int
@@ -84,12 +91,12 @@ class Fixed(nn.Module):
 
 
 class Dynamic(nn.Module):
-    """The values under a dynamic convolution (Wu et al., 2019) that reaches from end to end.
+    """A dynamic convolution of the values (Wu et al., 2019) that covers the whole sequence.
 
-    Its kernel of 2n − 1 is made of x_t; places beyond the ends hold zeros.
+    Its kernel of size 2n − 1 is computed from x_t, and the sequence is padded with zeros.
 
     Attributes:
-      heads: H.
+      heads: number of heads H.
     """
 
     heads: int
@@ -103,10 +110,12 @@ class Dynamic(nn.Module):
 
 
 class Summary(nn.Module):
-    """y_t = f(x_t, z), z = √2 · mean_s relu(A x_s + a) [C], as in a deep set (Zaheer et al., 2017).
+    """A mixer that fuses each token with a mean over all tokens, as in a deep set.
+
+        y_t = f(x_t, z),   z = √2 · mean_s relu(A x_s + a) [C]      (Zaheer et al., 2017)
 
     Attributes:
-      fuse: features → module (x, z) → y.
+      fuse: constructor of the fusion f, features → module (x, z) → y.
     """
 
     fuse: Fuse
@@ -130,17 +139,17 @@ MIXERS: dict[str, Callable[[int, Fuse, str], nn.Module]] = {
 
 
 def _project(x: Array, heads: int, name: str) -> Array:
-    """[..., n, C] → [..., n, H, C / H], by an affine map of the module that calls it."""
+    """Map [..., n, C] to heads [..., n, H, C / H], with an affine map in the calling module."""
     num_channels = x.shape[-1]
     return Affine(num_channels, name=name)(x).reshape(*x.shape[:-1], heads, num_channels // heads)
 
 
 def _mix_values(weights: Array, value: Array) -> Array:
-    """Weights [..., t, s, H], values [..., s, H, d] → Σ_s w_ts v_s [..., t, H, d]."""
+    """Compute Σ_s w_ts v_s [..., t, H, d] from weights [..., t, s, H] and values [..., s, H, d]."""
     return (weights[..., None] * value[..., None, :, :, :]).sum(-3)
 
 
 def _merge_heads(mixed: Array) -> Array:
-    """[..., n, H, d] → [..., n, H · d], by an affine map of the module that calls it."""
+    """Merge heads [..., n, H, d] into [..., n, H · d], with an affine map in the calling module."""
     mixed = mixed.reshape(*mixed.shape[:-2], -1)
     return Affine(mixed.shape[-1], name='out')(mixed)

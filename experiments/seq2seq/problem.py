@@ -1,30 +1,30 @@
-"""Functions of sequences, [n, d] → [n, d], each of them a mixing y_t = Σ_s A_ts x_s of the tokens.
+"""Functions of sequences, [n, d] → [n, d], that mix tokens: y_t = Σ_s A_ts x_s.
 
-What A depends on tells them apart:
+The targets differ in whether A depends on X, and on the order of the tokens:
 
-              A the same for all X            A made of X
+              A does not depend on X          A depends on X
     no order  difference  y_t = x̄ − x_t       farthest  y_t = Σ_s softmax_s(‖x_t − x_s‖² / τ) x_s
-    order     reverse     y_t = x_{n+1−t}     sort      y_tj the t-th smallest of x_1j … x_nj
+    order     reverse     y_t = x_{n+1−t}     sort      y_tj = t-th smallest of x_1j … x_nj
 
-All are continuous on a compact set, as the theorems of Yun et al. (Are Transformers universal
-approximators of sequence-to-sequence functions?, ICLR 2020) ask: the entries of X are uniform in
-[−1, 1] and independent. Each target is divided by its root mean square, so that an error of 1 is
-that of the answer 0. The first row commutes with permutations of the tokens (it is equivariant),
-the second does not. The targets are ours.
+The entries of X are independent and uniform in [−1, 1]. All targets are continuous on this compact
+set, as the theorems of Yun et al. require (Are Transformers universal approximators of
+sequence-to-sequence functions?, ICLR 2020). Each target is divided by its root mean square, so that
+the prediction 0 has an error of 1. Targets in the first row commute with permutations of the tokens
+(they are equivariant), and those in the second row do not. The targets are ours.
 
-Two bounds hold for any number of parameters, and are computed here:
+Two lower bounds on the error hold for any number of parameters, and are computed here:
 
-  equivariant_floor   of functions that commute with permutations: as a Transformer without
-                      positions does. The best of them is g(X) = E_π[π⁻¹ f(πX)], the mean of f over
-                      all orders of the tokens, for X is as likely in each.
-  additive_floor      of sums Σ_s φ_ts(x_s), one token in each term: as one fixed mixing between
-                      layers that see one token. What is left of f is what it owes to no token
-                      alone, Var f − Σ_s Var E[f | x_s].
+  equivariant_floor   for functions that commute with permutations, such as a Transformer without
+                      positions. The best such function is g(X) = E_π[π⁻¹ f(πX)], the mean of f over
+                      all orders of the tokens, because all orders of X are equally likely.
+  additive_floor      for sums Σ_s φ_ts(x_s) with one token in each term, such as one fixed mixer
+                      between layers that process single tokens. The residual is the variance of f
+                      that no single token explains, Var f − Σ_s Var E[f | x_s].
 
-A run trains a network for each target: they share the inputs of a batch and nothing else. The
-parameters that a config asks for, `model.parameters`, are those of all these networks together; the
-parameters and FLOPs that a run writes down (cost.json) are those of one. At the end it keeps both
-bounds, and its errors on the sequences of the first, each in all its orders.
+A run trains one network for each target. The networks only share the inputs of a batch. The number
+of parameters in a config, `model.parameters`, is the total of all networks, whereas the parameters
+and FLOPs in cost.json are those of one network. At the end, a run saves both bounds, and its errors
+on the sequences of the equivariant floor, averaged over all orders.
 """
 
 import dataclasses
@@ -63,7 +63,7 @@ TARGETS: dict[str, Target] = {
 
 
 def _check_targets(targets: object) -> str:
-    """Describe what was expected, as a rule of `mi.config`; '' if the targets are valid."""
+    """Return a description of valid targets, or '' if the targets are valid."""
     if not isinstance(targets, tuple | list) or not targets or len(set(targets)) < len(targets):
         return 'a non-empty tuple of distinct targets'
     unknown = [target for target in targets if target not in TARGETS]
@@ -84,17 +84,17 @@ SCHEMA: dict[str, Rule] = {
 
 @dataclasses.dataclass(frozen=True)
 class Sequences(Problem):
-    """Learn functions of sequences, a network for each; every batch is drawn fresh.
+    """The problem of learning functions of sequences, with one network for each and fresh batches.
 
     Attributes:
-      model: [n, d] → [n, d].
-      targets: names of TARGETS.
-      length, features: n, d.
+      model: module that maps [n, d] to [n, d].
+      targets: names in TARGETS.
+      length, features: number of tokens n, and of features d.
       temperature: τ of the target 'farthest'.
       scales: root mean square of each target.
-      eval_examples: sequences of an evaluation.
-      orbits: sequences that the equivariant floor takes in all n! orders.
-      floor_examples: sequences of the additive floor.
+      eval_examples: number of sequences in an evaluation.
+      orbits: number of sequences for the equivariant floor, each in all n! orders.
+      floor_examples: number of sequences for the additive floor.
     """
 
     model: nn.Module
@@ -111,7 +111,7 @@ class Sequences(Problem):
         return draw_sequences(key, examples, self.length, self.features)
 
     def compute_targets(self, X: Array) -> Array:
-        """Return the targets [targets, ..., n, d] of X [..., n, d], each with mean square 1."""
+        """Compute the targets [targets, ..., n, d] of X [..., n, d], each with mean square 1."""
         pairs = zip(self.targets, self.scales, strict=True)
         return jnp.stack([TARGETS[target](X, self.temperature) / scale for target, scale in pairs])
 
@@ -121,7 +121,7 @@ class Sequences(Problem):
         return jax.vmap(lambda key: self.model.init(key, tokens))(keys)
 
     def _mean_squared_errors(self, params: Params, X: Array) -> Array:
-        """Return the error [targets] of each network on its own target."""
+        """Compute the error of each network on its own target, [targets]."""
         Y: Array = jax.vmap(self.model.apply, in_axes=(0, None))(params, X)
         return jnp.square(Y - self.compute_targets(X)).mean((1, 2, 3))
 
@@ -139,7 +139,7 @@ class Sequences(Problem):
         return network.costs(self.model, tokens, fusion_pattern=r'mixer_\d+')
 
     def artifacts(self, params: Params, world: World, key: PRNGKey) -> Metrics:
-        """Return both floors, and the errors on the sequences of the first in all orders."""
+        """Return both floors, and the errors on the sequences of the equivariant floor."""
         X_key, other_key = jax.random.split(key)
         X, X_other = (self._draw(key, self.floor_examples) for key in (X_key, other_key))
         orbit = X[: self.orbits]
@@ -155,23 +155,23 @@ class Sequences(Problem):
 
 
 def make(config: ml_collections.ConfigDict) -> Sequences:
-    """Build the problem of a config.
+    """Build the problem that a config describes.
 
     Raises:
-      UserError: if the heads do not fit, if the fusion needs a one-hot context, or if gradients
-        are clipped, which would clip those of all targets together.
+      UserError: if the heads do not divide the features, if the fusion needs a one-hot context, or
+        if gradients are clipped, because the norm would couple the networks of all targets.
     """
     # Refuse what would couple the networks, or needs another kind of context.
     problem = config.problem
     if config.optim.clip_norm > 0:
         raise UserError(
-            f'config.optim.clip_norm = {config.optim.clip_norm}: expected 0, for the norm would be '
-            f'that of the networks of all targets, which are independent'
+            f'config.optim.clip_norm = {config.optim.clip_norm}: expected 0, because the gradient '
+            f'norm would couple the networks of all targets, which are independent'
         )
     if config.model.fusion.name in fusion.ONE_HOT:
         raise UserError(
             f'config.model.fusion.name = {config.model.fusion.name!r}: expected a fusion for dense '
-            f'contexts; this one needs a one-hot context, and here the context is a token'
+            f"contexts, because the context is a token, which is not one-hot. Try 'mi'"
         )
 
     # Targets are divided by their root mean square on a fixed sample.
@@ -197,31 +197,32 @@ def draw_sequences(key: PRNGKey, examples: int, n: int, d: int) -> Array:
 
 @functools.cache
 def compute_scale(target: str, n: int, d: int, tau: float) -> float:
-    """Return the root mean square of a target, of a fixed sample."""
+    """Compute the root mean square of a target on a fixed sample."""
     X = draw_sequences(jax.random.key(0), 2**15, n, d)
     return float(jnp.sqrt(jnp.square(TARGETS[target](X, tau)).mean()))
 
 
 def make_permutations(n: int) -> Array:
-    """Return all permutations of n places [n!, n]."""
+    """Return all permutations of n positions [n!, n]."""
     return jnp.array(list(itertools.permutations(range(n))))
 
 
 def compute_equivariant_floor(f: Callable[[Array], Array], X: Array) -> Array:
-    """Return the least error of an equivariant function on the same sequences in all orders.
+    """Compute the smallest error of any equivariant function on the given sequences in all orders.
 
         mean_π ‖π⁻¹f(πX) − g(X)‖² / nd,   g(X) = mean_π π⁻¹f(πX)
 
-    The bound is exact for these sequences and holds on average for others of the distribution.
+    The bound is exact for these sequences, and holds on average for others from the same
+    distribution.
 
     Args:
-      f: [N, n, d] → [targets, N, n, d].
-      X: [N, n, d], a sample of a distribution that is the same in each order of the tokens.
+      f: function [N, n, d] → [targets, N, n, d].
+      X: sequences [N, n, d] from a distribution that is invariant to the order of the tokens.
     """
     permutations = make_permutations(X.shape[-2])
 
     def conjugate(order: Array) -> Array:
-        """Return π⁻¹f(πX)."""
+        """Compute π⁻¹f(πX)."""
         return f(X[:, order])[:, :, jnp.argsort(order)]
 
     def add_conjugate(total: Array, order: Array) -> tuple[Array, None]:
@@ -237,13 +238,13 @@ def compute_equivariant_floor(f: Callable[[Array], Array], X: Array) -> Array:
 
 
 def compute_additive_floor(f: Callable[[Array], Array], X: Array, X_other: Array) -> Array:
-    """Return the least E‖f(X) − Σ_s φ_s(x_s)‖² / nd, φ any functions, for independent tokens.
+    """Compute the minimum of E‖f(X) − Σ_s φ_s(x_s)‖² / nd over functions φ_s of single tokens.
 
-    Var E[f | x_s] is the covariance of f at two sequences that share the token s alone (Sobol').
+    Var E[f | x_s] is the covariance of f at two sequences that only share the token s (Sobol').
 
     Args:
-      f: [N, n, d] → [targets, N, n, d].
-      X, X_other: [N, n, d], two independent samples of sequences of independent tokens.
+      f: function [N, n, d] → [targets, N, n, d].
+      X, X_other: two independent samples of sequences [N, n, d] with independent tokens.
     """
     N, n, _ = X.shape
     Y = f(X)

@@ -1,25 +1,26 @@
-"""What can stand in place of attention: four functions of sequences, and what theory rules out.
+"""Sweep that compares attention with other mixers on functions of sequences, and with theory.
 
-The targets are mixings of the tokens, which may depend on the order, on what the tokens say, on
-both, or on neither (experiments/seq2seq/problem.py). Transformers of one to three mixers, narrow
-and wide, with attention or with another mixer of as many parameters, which the width of the
-feed-forward layers makes up for. Two of theory's predictions are drawn as lines that no training
-can cross:
+The four targets mix tokens depending on their order, their content, both, or neither
+(experiments/seq2seq/problem.py). The networks are narrow and wide Transformers with one to three
+mixers, which are attention or other mixers. The width of the feed-forward layers is adjusted so
+that all have the same number of parameters. Two theoretical predictions are drawn as bounds that no
+training can cross:
 
-- Without positions, attention and the interactions commute with permutations of the tokens: on
-  'reverse' and 'sort' they cannot be better than the mean over all orders. With positions they can.
-- One fixed mixing after layers that see one token is a sum of functions of one token each: on
-  'farthest' and 'sort' it cannot be better than the best such sum, at any width. Attention can.
-  With a feed-forward layer after it, or several, fixed mixings are not ruled out.
+- Without positions, attention and the interactions commute with permutations of the tokens. On
+  'reverse' and 'sort', they cannot be better than the mean over all orders. With positions, they
+  can.
+- One fixed mixer after layers that process single tokens is a sum of functions of single tokens. On
+  'farthest' and 'sort', it cannot be better than the best such sum, at any width. Attention can.
+  This does not rule out a fixed mixer followed by a feed-forward layer, or several fixed mixers.
 
     python -m launch.local --sweep=experiments/seq2seq/sweep.py --workdir=runs/seq2seq --parallel=2
 
-The report also has seq2seq.png, .pdf and .md: errors against depth and parameters beside these
-lines, and tables of them.
+The report also has seq2seq.png, .pdf and .md, with figures and tables of the errors against depth
+and parameters, and of these bounds.
 
 Source: Yun et al., Are Transformers universal approximators of sequence-to-sequence functions?
-(ICLR 2020), for the question, positions, and attention against other mixings; targets, networks,
-sizes and training are ours.
+(ICLR 2020), for the question, the positions, and the comparison of attention with other mixers. The
+targets, networks, sizes and training are ours.
 """
 
 import json
@@ -71,7 +72,7 @@ DEPTH, FEATURES, HEADS = 2, 16, 4
 
 
 def count_parameters(depth: int, features: int) -> int:
-    """Return the parameters of four networks with feed-forward layers of about 2 C, rounded."""
+    """Return the rounded number of parameters of four networks with feed-forward width 2 C."""
     return 4 * (8 * depth + 5) * features**2
 
 
@@ -123,12 +124,13 @@ def sweep() -> list[Overrides]:
 
 
 class Floors(NamedTuple):
-    """Lower bounds of the error by target, averaged over all seeds.
+    """Lower bounds on the error by target, averaged over all seeds.
 
     Attributes:
-      equivariant: bound of functions that commute with permutations.
-      additive: bound of sums over tokens.
-      above: {label: {target: {seed: error above `equivariant`, on the sequences of that bound}}}.
+      equivariant: bound for functions that commute with permutations.
+      additive: bound for sums of functions of single tokens.
+      above: {label: {target: {seed: value}}}, where the value is the error minus `equivariant` on
+        the sequences of that bound.
     """
 
     equivariant: dict[str, float]
@@ -137,7 +139,7 @@ class Floors(NamedTuple):
 
 
 def report(workdir: pathlib.Path, out: pathlib.Path) -> None:
-    """Draw the errors against depth and parameters, and tabulate them with the floors."""
+    """Draw the errors against depth and parameters, and tabulate them with the bounds."""
     sweep_runs = runs.read_sweep(workdir)
     arms = [arm for arm in sweep_runs.arms if arm.finite_values(METRIC, SPLIT)]
     floors = read_floors(workdir)
@@ -183,7 +185,7 @@ def report(workdir: pathlib.Path, out: pathlib.Path) -> None:
 
 
 def read_floors(workdir: pathlib.Path) -> Floors:
-    """Read the floors of every run; runs of one seed have the same, so each seed counts once."""
+    """Read the bounds of every run, counting each seed once, because its runs share the bounds."""
     floors: dict[int, np.ndarray] = {}
     gaps_by_label: dict[str, dict[str, dict[int, float]]] = {}
     targets: list[str] = []
@@ -208,16 +210,16 @@ def read_floors(workdir: pathlib.Path) -> Floors:
 
 
 def get_mixer_name(arm: runs.Arm) -> str:
-    """Return the key of NAMES of an arm's mixer."""
+    """Return the key in NAMES of an arm's mixer."""
     model = arm.config['model']
     has_fusion = model['mixer'] in ('pairs', 'summary')
     return f'{model["mixer"]}, {model["fusion"]["name"]}' if has_fusion else str(model['mixer'])
 
 
 def select_arms(arms: Sequence[runs.Arm], **settings: object) -> list[runs.Arm]:
-    """Return the arms whose model settings match; unspecified ones must equal their defaults.
+    """Select the arms whose model settings match; unspecified settings must have default values.
 
-    A setting of None allows any value, as does the mixer.
+    A setting of None matches any value, and any mixer matches.
     """
     defaults = {'positions': 'learnt', 'ends': 'feed_forward', 'heads': HEADS}
     defaults |= {'depth': DEPTH, 'features': FEATURES}
@@ -236,7 +238,7 @@ def _draw_line(
     get_position: Callable[[runs.Arm], float],
     **style: Any,
 ) -> None:
-    """Draw means over seeds with their intervals."""
+    """Draw the means over seeds with their intervals."""
     positions, means, lower_bars, upper_bars = [], [], [], []
     for arm in sorted(arms, key=get_position):
         if errors := arm.final_values(f'{METRIC}/{target}', SPLIT):
@@ -296,7 +298,7 @@ def _draw_by_size(axes: Axes, arms: Sequence[runs.Arm], target: str, floors: Flo
 
 
 def _tabulate_predictions(arms: Sequence[runs.Arm], floors: Floors) -> str:
-    """Tabulate what theory rules out, beside the lowest error of any seed and size."""
+    """Tabulate the theoretical bounds and the lowest error of any seed and size."""
     table_rows: list[list[str]] = []
 
     def add_rows(network: str, is_orderless: bool, arms: list[runs.Arm], expected: str) -> None:
@@ -376,7 +378,7 @@ def _tabulate_errors(arms: Sequence[runs.Arm]) -> str:
 
 
 def _format_estimate(estimate: statistics.Estimate | None) -> str:
-    """Write the mean in two significant digits, as errors span four orders of magnitude."""
+    """Format the mean with two significant digits, because errors span four orders of magnitude."""
     if estimate is None:
         return tables.NONE
     num_decimals = max(0, 1 - int(np.floor(np.log10(estimate.mean)))) if estimate.mean > 0 else 0

@@ -1,6 +1,6 @@
-"""A Transformer of short sequences: a mixer of tokens and feed-forward layers, in turns.
+"""A Transformer for short sequences, with alternating mixers and feed-forward layers.
 
-Shapes: x [..., n, d] the tokens, h [..., n, C] the stream, y [..., n, k].
+Shapes: tokens x [..., n, d], stream h [..., n, C], outputs y [..., n, k].
 """
 
 from collections.abc import Callable
@@ -34,25 +34,24 @@ SCHEMA: dict[str, Rule] = {
 
 
 class Transformer(nn.Module):
-    """L mixers between L + 1 feed-forward layers, each added to the stream.
+    """A Transformer of L mixers between L + 1 feed-forward layers, each with a residual connection.
 
-        h = A x + a + P                                    P [n, C], if it has positions
+        h = A x + a + P                                    P [n, C], with positions
         h ← h + F_l(norm(h)),  h ← h + mixer_l(norm(h))    l = 1 … L
         h ← h + F_{L+1}(norm(h))                           if it ends with a feed-forward layer
         y = B h + b
 
-    F(h) = C relu(D h + e) + c sees one token at a time, as do the norms (RMSNorm), and y is affine
-    in h. So a network with one mixer that ends with it is y_t = Σ_s w_ts φ(x_s) and something of
-    x_t alone.
+    F(h) = C relu(D h + e) + c and the norms (RMSNorm) process tokens separately, and y is affine in
+    h. Therefore, a network that ends with its only mixer is Σ_s w_ts φ(x_s) plus a function of x_t.
 
     Attributes:
-      outputs: k.
-      mixer: name → module [..., n, C] → [..., n, C].
-      features: C.
-      width: of the feed-forward layers.
-      depth: L.
+      outputs: number of outputs k.
+      mixer: function of a name that returns a module [..., n, C] → [..., n, C].
+      features: number of features C.
+      width: width of the feed-forward layers.
+      depth: number of mixers L.
       positions: 'none' or 'learnt'.
-      ends: 'feed_forward' or 'mixer'.
+      ends: last layer, 'feed_forward' or 'mixer'.
     """
 
     outputs: int
@@ -86,7 +85,9 @@ def _normalize(name: str, h: Array) -> Array:
 
 
 def make(model: ml_collections.ConfigDict, outputs: int) -> Transformer:
-    """Build the network of a config's section `model`; rank and hidden size 0 mean `features`.
+    """Build the network that the section `model` of a config describes.
+
+    A rank or hidden size of 0 means `features`.
 
     Raises:
       UserError: if the heads do not divide the features.
@@ -94,7 +95,7 @@ def make(model: ml_collections.ConfigDict, outputs: int) -> Transformer:
     if model.features % model.heads:
         raise UserError(
             f'config.model.heads = {model.heads}: expected a divisor of config.model.features = '
-            f'{model.features}, the channels that the heads share'
+            f'{model.features}, because the heads divide the features'
         )
     fusion_config = model.fusion
     with name_config_keys({'options': 'config.model.fusion.options'}):

@@ -305,10 +305,10 @@ def test_the_figure_names_every_decoder_and_the_ceiling(tmp_path, monkeypatch):
     ('changes', 'message'),
     [
         ({'problem.contexts': (0, 20)}, r'problem\.contexts = \(0, 20\): expected at most .* = 6'),
-        ({'problem.functions': 2}, r'problem\.functions = 2: expected at least 3, one of each'),
+        ({'problem.functions': 2}, r'problem\.functions = 2: expected at least 3, one for each'),
         ({'problem.scale': (1.0, 0.5)}, r'problem\.scale = .*expected a tuple \(low, high\)'),
         ({'problem.family': 'rbv'}, r"problem\.family = 'rbv': .*did you mean 'rbf'"),
-        ({'model.paths': 'latent', 'model.cross_attention': 2}, r"one z for all .*paths = 'both'"),
+        ({'model.paths': 'latent', 'model.cross_attention': 2}, r"share one z.*paths = 'both'"),
         ({'model.self_attention': 3}, r'self_attention = 3: expected .* divides .*width = 8'),
         ({'model.fusion.name': 'multi_head'}, r"'multi_head': expected a fusion for dense"),
     ],

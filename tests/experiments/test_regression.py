@@ -178,7 +178,7 @@ def test_the_report_tabulates_known_and_new_tasks_and_the_agreement_of_two_draws
     [
         (
             {'model.fusion.name': 'multi_head', 'problem.context': 'inferred'},
-            r"'multi_head' is for contexts that are one-hot: expected .*'one_hot', not 'inferred'",
+            r"problem\.context = 'inferred': expected 'one_hot', because .* = 'multi_head'",
         ),
         ({'problem.context': 'number'}, r"problem\.context = 'number': .*one_hot"),
         ({'transfer.shots': (0,)}, r'transfer\.shots.*tuple of positive integers'),

@@ -234,7 +234,7 @@ def test_every_arm_gets_the_best_of_the_same_points(tmp_path, monkeypatch):
     [
         (lambda tuning: tuning['chosen'].pop('film'), 'none for film. Run the rest'),
         (lambda tuning: tuning['chosen']['mi'].pop('loss.entropy_cost'), 'none for mi. Run'),
-        (lambda tuning: tuning['seeds'].append(7), r'other seeds than .* made on \[7\]'),
+        (lambda tuning: tuning['seeds'].append(7), r'seeds other than .* made on \[7\]'),
     ],
 )
 def test_an_incomplete_choice_is_refused(change, message, tmp_path, monkeypatch):
@@ -247,7 +247,7 @@ def test_an_incomplete_choice_is_refused(change, message, tmp_path, monkeypatch)
     with pytest.raises(UserError, match=message):
         load('rl_multitask', tmp_path / 'runs')
     monkeypatch.setenv('MI_RL_TUNING', str(tmp_path / 'absent.json'))
-    with pytest.raises(UserError, match=r'absent\.json: .* there is no such file'):
+    with pytest.raises(UserError, match=r'absent\.json: .* but found no file'):
         load('rl_multitask', tmp_path / 'runs')
 
 
