@@ -106,10 +106,10 @@ def test_a_run_is_evaluated_with_its_own_config_and_what_evaluation_may_change(t
         'train': {'batch': 8},
         'eval': {'length': 6, 'new': 2},
     }
-    said = r'config\.model\.width = 5: expected 3, with which .* was trained\. Remove the option,'
+    said = r'config\.model\.width = 5: expected 3, as in the training .*\. Remove the option,'
     with pytest.raises(UserError, match=said):
         run_config.merge_eval_config(tmp_path, config(model={'width': 5}), **parts)
-    with pytest.raises(UserError, match=r'config\.seeds = \(1,\): expected \(0,\), with'):
+    with pytest.raises(UserError, match=r'config\.seeds = \(1,\): expected \(0,\), as in'):
         run_config.merge_eval_config(tmp_path, config(seeds=(1,)), **parts)
     assert run_config.read_config(tmp_path).seeds == (0,)  # a tuple, as it was
 
@@ -325,7 +325,7 @@ def test_versions_are_recorded_and_another_is_said_in_one_line(tmp_path, monkeyp
         with run_dir.open_run(tmp_path, config()):
             pass
     [line] = capsys.readouterr().err.splitlines()
-    assert line.startswith(f'warning: {tmp_path} is continued with another ')
+    assert line.startswith(f'warning: {tmp_path} continues with a different ')
     assert f"jax was '{jax.__version__}' and is '9.9' now" in line
     again = json.loads((tmp_path / 'versions.json').read_text())
     changed = {'step': 40, 'changed': {'jax': '9.9', 'dirty': 'yes'}}
@@ -339,7 +339,7 @@ def test_a_run_that_was_begun_before_a_key_was_there_goes_on_and_says_so(tmp_pat
     with run_dir.open_run(tmp_path, newer):
         pass
     [line] = capsys.readouterr().err.splitlines()
-    assert 'is older than config.model.depth = 1; it continues with that' in line
+    assert 'has no value for config.model.depth = 1; it continues with this value' in line
     with run_dir.open_run(tmp_path, newer):
         pass
     assert capsys.readouterr().err == ''

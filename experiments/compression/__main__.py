@@ -17,10 +17,10 @@ from mi.config import UserError, format_error
 
 WORKDIR = flags.DEFINE_string('workdir', None, 'Run directory of the full MI.')
 OUT = flags.DEFINE_string('out', None, 'Directory of the runs of this experiment.')
-RANKS = flags.DEFINE_list('ranks', ['1', '2', '4', '8', '16', '32'], 'Ranks, or blocks.')
+RANKS = flags.DEFINE_list('ranks', ['1', '2', '4', '8', '16', '32'], 'Ranks, or numbers of blocks.')
 FORM = flags.DEFINE_enum('form', 'cp', ['cp', 'tucker', 'block'], 'Form of the compression.')
 STEPS = flags.DEFINE_integer('steps', 300, 'Steps of the fine-tuning.')
-CALIBRATION = flags.DEFINE_integer('calibration', 0, 'Inputs at which outputs are fitted.')
+CALIBRATION = flags.DEFINE_integer('calibration', 0, 'Number of inputs to fit outputs at.')
 
 
 def main(argv: Sequence[str], changes: Sequence[overrides.Override]) -> None:

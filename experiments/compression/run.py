@@ -49,7 +49,7 @@ MEASURES = {
     'lm': ('valid', ('bits_per_byte', 'nats_per_token')),
     'rl': ('eval', ('success', 'return')),
 }
-"""Task → split, and metrics; the first metric that the run records is used."""
+"""Task → (split, metrics), of which the first metric that the run records is used."""
 
 Values = dict[str, dict[float, dict[int, float]]]  # arm → rank → seed → value
 

@@ -68,7 +68,7 @@ STATEMENTS: dict[str, Callable[[Array, int], Array]] = {
     'conditional': branch_on_sign,
     'choice': branch_on_largest,
 }
-"""Name → (z, K) → the branch that z takes, [...]; a conditional has two branches whatever K is."""
+"""Name → function (z, K) → index of the branch [...]; a conditional ignores K."""
 
 
 def _check_targets(targets: object) -> str:

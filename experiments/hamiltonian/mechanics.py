@@ -39,7 +39,7 @@ class System(NamedTuple):
       time: time between two observations.
       places: function from q to the positions of the bodies on the plane, [..., BODIES, 2], with
         moving bodies first.
-      coordinates: inverse of `places`. In all systems, the kinetic energy is that of the positions.
+      coordinates: inverse of `places`. Kinetic energy is m v²/2 of these positions in all systems.
       moving: number of moving bodies.
     """
 

@@ -135,7 +135,7 @@ MIXERS: dict[str, Callable[[int, Fuse, str], nn.Module]] = {
     'fixed': lambda heads, fuse, name: Fixed(heads, name=name),
     'summary': lambda heads, fuse, name: Summary(fuse, name=name),
 }
-"""Word of config.model.mixer → (heads, fusion, name) → module [..., n, C] → [..., n, C]."""
+"""Value of config.model.mixer → constructor (heads, fusion, name) → module."""
 
 
 def _project(x: Array, heads: int, name: str) -> Array:

@@ -33,16 +33,16 @@ from mi.training import optim, trackers
 
 CORES: Registry[Callable[..., nn.Module]] = Registry(transformer=Transformer)
 CORES.refuse = lambda core: 'it is a cell' if cells.is_cell(core) else ''
-"""Cores that are not layers of a recurrent cell: name → module, called like Transformer.
+"""Name → module of a core that is not a stack of recurrent cells, called like Transformer.
 
-Every name in `mi.cells.CELLS` is a core too. A config file may add to both.
+Every name in `mi.cells.CELLS` is also a core. A config file may add to both registries.
 """
 
 BASELINES: dict[str, dict[str, str]] = {
     'concat': {'model.fusion.name': 'concat'},
     'plain': {'model.site': 'none'},
 }
-"""`match.baseline` → the changes of a config that make it the model whose cost is the target."""
+"""`match.baseline` → config changes that select the model whose cost is the target."""
 
 RATE = number(0, 0.99)
 SEGMENT = 256  # tokens of a segment in evaluation, if state or a memory is carried

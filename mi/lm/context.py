@@ -41,7 +41,7 @@ class RecurrentContext(nn.Module):
         return next_carry, previous(carry[1], hidden)
 
     def initial(self, batch: int) -> cells.Carry:
-        """Return the state before the first token: zeros."""
+        """Return the initial state, which is zero."""
         return cells.initial_carry(batch, self.features)
 
 
@@ -84,7 +84,7 @@ class Summary(nn.Module):
         return states[-1], previous(carry, states).astype(self.dtype)
 
     def initial(self, batch: int) -> Array:
-        """Return the state before the first token: zeros."""
+        """Return the initial state, which is zero."""
         return jnp.zeros((batch, self.features))
 
 

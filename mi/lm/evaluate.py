@@ -29,7 +29,7 @@ from mi.rows import sum_over_rows
 from mi.training import progress, sharding
 
 Scores = dict[str, Any]
-"""Metrics of one seed on a text, and how they were measured: the fields of a JSON record."""
+"""Metrics of one seed on a text, with the protocol: the fields of a JSON record."""
 
 
 class Reading(NamedTuple):

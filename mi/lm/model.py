@@ -108,7 +108,7 @@ class LanguageModel(nn.Module):
         return carry, words.logits(y) if targets is None else words.losses(y, targets)
 
     def initial_carry(self, batch: int) -> Carry:
-        """Return the state before the first token: zeros."""
+        """Return the initial state, which is zero."""
         carry: Carry = {'core': self._make_core(parent=None).initial(batch)}
         if self._has_context and self.source in NETWORKS:
             carry['context'] = NETWORKS[self.source](self.context, parent=None).initial(batch)

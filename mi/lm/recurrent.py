@@ -89,7 +89,7 @@ class Recurrent(nn.Module):
         return next_carry, x, z
 
     def initial(self, batch: int) -> Carry:
-        """Return the states before the first token: zeros."""
+        """Return the initial states, which are zero."""
         return [self.cell(self.features, parent=None).initial(batch) for _ in range(self.layers)]
 
     def _fuse(self, name: str, x: Array, z: Array | None) -> Array:

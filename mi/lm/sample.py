@@ -21,7 +21,7 @@ from mi.training import progress, sharding
 from mi.training.io import write_json
 
 GenerationState = tuple[Carry, ArrayTree, Array]
-"""Carry, cached keys and values, and the newest token of each text."""
+"""(carry, cached keys and values, newest token of each text)."""
 
 
 class Decoding(NamedTuple):

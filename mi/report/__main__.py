@@ -63,7 +63,7 @@ def _exit_if_worse(comparisons: list[compare.ArmComparison]) -> None:
         )
     if not errors and not any(comparison.verdict for comparison in comparisons):
         errors.append(
-            'nothing could be compared: no arm of the baseline has values; see their states'
+            'nothing could be compared: no arm of the baseline has values. See their states'
         )
     if errors:
         sys.exit(f'error: {"; ".join(errors)}')

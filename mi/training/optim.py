@@ -57,8 +57,8 @@ OPTIMIZERS: dict[str, Constructor] = {
 }
 """Name → constructor, which takes the section `optim` and the learning-rate schedule.
 
-A config file can add one. Any other function of a learning rate has the name 'package.module:name',
-and `optim.options` are its other arguments.
+A config file can add a constructor. Any other function of a learning rate can be named as
+'package.module:name', with its other arguments in `optim.options`.
 """
 
 WITH_DECAY = ('adamw',)
@@ -78,7 +78,7 @@ SCHEDULES: Registry[Callable[[float, int, int, float], optax.Schedule]] = Regist
     ),
     rsqrt=_decay_by_root,
 )
-"""Name → (peak, steps after warm-up, steps of warm-up, `final_scale`) → schedule after warm-up."""
+"""Name → function (peak, decay steps, warm-up steps, `final_scale`) → schedule after warm-up."""
 
 
 def check_optimizer(value: object) -> str:
@@ -176,8 +176,8 @@ def _check_imported(config: ml_collections.ConfigDict, steps: int) -> None:
     missing = set(_list_required(constructor)) - {'learning_rate', *options}
     if missing:
         raise UserError(
-            f'config.optim.options: expected values of {" and ".join(sorted(missing))}, because '
-            f'{name!r} has no default. Try setting --config.optim.options'
+            f'config.optim.options: expected values of {" and ".join(sorted(missing))}, for which '
+            f'{name!r} has no defaults. Try setting them in --config.optim.options'
         )
 
     # What the update needs beside gradients, state and parameters.

@@ -13,7 +13,7 @@ from mi.config import UserError, describe_difference, flatten
 from mi.training.io import read_json, write_json
 
 ADDED: dict[str, Any] = {'data.tokenizer': '', 'optim.ema': 0.0}
-"""SECTION.KEY that is younger than the first runs → its value in a run that is older."""
+"""Keys (SECTION.KEY) that were added after the first runs → their values in older runs."""
 
 
 def record_config(file: pathlib.Path, config: ml_collections.ConfigDict) -> None:
@@ -51,7 +51,7 @@ def record_config(file: pathlib.Path, config: ml_collections.ConfigDict) -> None
             f'config.{config_key} = {default!r}' for config_key, default in added_values.items()
         )
         print(
-            f'warning: {file.parent} is older than {assignments}; it continues with that',
+            f'warning: {file.parent} has no value for {assignments}; it continues with this value',
             file=sys.stderr,
         )
         write_json(file, resolved_config)
@@ -124,8 +124,8 @@ def merge_eval_config(
         trained, requested = trained_values[config_key], requested_values[config_key]
         if is_in_sections(config_key, fixed) and _to_plain(trained) != _to_plain(requested):
             raise UserError(
-                f'config.{config_key} = {requested!r}: expected {trained!r}, with which {workdir} '
-                f'was trained. Remove the option, or try the --workdir of another run'
+                f'config.{config_key} = {requested!r}: expected {trained!r}, as in the training of '
+                f'{workdir}. Remove the option, or use the --workdir of another run'
             )
 
     # Take everything that evaluation may not change from the run.

@@ -154,8 +154,8 @@ def make_mesh(
     num_used = math.prod(shape)
     if num_used < len(devices) and len({device.process_index for device in devices}) > 1:
         raise ArgumentError(
-            f'`batch_size` = {batch_size}: expected a size that uses all {len(devices)} devices of '
-            f'several processes, but {num_seeds} seeds use {num_used}. Try a multiple of '
+            f'`batch_size` = {batch_size}: expected several processes to use all {len(devices)} '
+            f'devices, but with {num_seeds} seeds they use {num_used}. Try a multiple of '
             f'{len(devices)}'
         )
     return jax.make_mesh(

@@ -89,7 +89,7 @@ class Tracker(Protocol):
 
 TrackerMaker = Callable[[pathlib.Path, str, dict[str, object], bool], Tracker]
 TRACKERS: Registry[TrackerMaker | None] = Registry(none=None, wandb=Wandb, trackio=Trackio)
-"""Name → (run directory, id, config, continued) → tracker; also 'package.module:Class'."""
+"""Name, or 'package.module:Class' → constructor (run directory, id, config, continued)."""
 
 
 def check_tracker(value: object) -> str:
@@ -98,7 +98,7 @@ def check_tracker(value: object) -> str:
         return f'one of the known trackers; {suggest(str(value), TRACKERS)}'
     is_package = value != 'none' and not is_reference(value)
     if is_package and importlib.util.find_spec(value) is None:
-        return f"an installed package. Try {suggest_install(value)}, or config.tracker = 'none'"
+        return f"an installed tracker. Try {suggest_install(value)}, or config.tracker = 'none'"
     return ''
 
 

@@ -34,7 +34,7 @@ PEAK_FLOPS: dict[str, float] = {
     'NVIDIA H200': 989.5 * TERA,  # SXM
     'NVIDIA H200 NVL': 835.5 * TERA,
 }
-"""Name of a device in jax → FLOP/s of its peak; a device that is not in it has no utilization."""
+"""Name of a device in JAX → peak FLOP/s; the utilization of other devices is unknown."""
 
 
 class Meter:

@@ -79,7 +79,7 @@ def compare(file: pathlib.Path, step: int | None) -> dict[str, object]:
                 f'{setting_name.upper()}={previous[setting_name]}, or another --workdir'
             )
     if difference := describe_difference(previous, current):
-        print(f'warning: {file.parent} is continued with another {difference}', file=sys.stderr)
+        print(f'warning: {file.parent} continues with a different {difference}', file=sys.stderr)
         changed = {
             entry: current[entry] for entry in current if previous.get(entry) != current[entry]
         }

@@ -142,7 +142,7 @@ def test_an_affine_function_of_all_copies_is_that_of_x():
     ('name', 'message'),
     [
         ('optax.contrib:momo', 'update also needs value'),
-        ('optax.contrib:dpsgd', 'has no l2_norm_clip and no noise_multiplier and no seed'),
+        ('optax.contrib:dpsgd', 'expected values of l2_norm_clip and noise_multiplier and seed'),
         ('optax.contrib:schedule_free', 'has no base_optimizer'),
     ],
 )

@@ -160,9 +160,9 @@ def test_a_run_is_evaluated_in_other_ways_and_sampled(word, tmp_path, texts, cap
     with pytest.raises(UserError, match=r'expected a run directory, but found no config\.json'):
         assess.assess(tiny(word, **source), str(tmp_path / 'nothing'))
     train.train(tiny(word, **source), str(tmp_path))
-    with pytest.raises(UserError, match=r'config\.model\.hidden = 64: expected 32, with which'):
+    with pytest.raises(UserError, match=r'config\.model\.hidden = 64: expected 32, as in'):
         assess.assess(tiny(word, **source, **{'model.hidden': 64}), str(tmp_path))
-    with pytest.raises(UserError, match=r'config\.seeds = \(7, 8\): expected \(0, 1\), with'):
+    with pytest.raises(UserError, match=r'config\.seeds = \(7, 8\): expected \(0, 1\), as in'):
         assess.assess(tiny(word, **{**source, 'seeds': (7, 8)}), str(tmp_path))
     written = [json.loads(line) for line in (tmp_path / 'metrics.jsonl').read_text().splitlines()]
     test = [row for row in written if row['split'] == 'test']

@@ -39,7 +39,7 @@ def test_a_run_is_scored_and_filmed(tmp_path, capsys):
     assess(tiny(seeds=(0, 1), **unread), str(tmp_path))
     assert (tmp_path / 'evaluation' / 'scores.json').read_bytes() == before
     other = tiny(**{'train.steps': 40 * 5, 'seeds': (0, 1), 'model.hidden': 8})
-    with pytest.raises(UserError, match=r'config\.model\.hidden = 8: expected 16, with which'):
+    with pytest.raises(UserError, match=r'config\.model\.hidden = 8: expected 16, as in'):
         assess(other, str(tmp_path))
 
 

@@ -7,7 +7,7 @@ import numpy as np
 from mi.config import ArgumentError
 
 Piece = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
-"""Inputs, targets, mask, and positions of the inputs, each [T, B]."""
+"""(inputs, targets, mask, positions of the inputs), each [T, B]."""
 
 
 class Stream:
