@@ -18,4 +18,4 @@ def output_folder(folder: pathlib.Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         yield
     except OSError as error:
-        raise UserError(f'--out={folder}: {error.strerror}. Try another directory') from error
+        raise UserError(f'--out={folder}: {error.strerror}. Use another directory') from error

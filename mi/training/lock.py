@@ -28,7 +28,7 @@ def hold_lock(lock: pathlib.Path, run_path: pathlib.Path) -> Iterator[None]:
     try:
         opened = open(lock, 'a+')  # noqa: SIM115
     except OSError as error:
-        raise UserError(f'{lock}: {error.strerror}. Try another --workdir') from error
+        raise UserError(f'{lock}: {error.strerror}. Use another --workdir') from error
     with opened as file:
         # Try for a second, because `is_locked` takes the lock for an instant as well.
         for attempt in range(ATTEMPTS):

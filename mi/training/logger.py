@@ -254,7 +254,7 @@ def refuse_non_finite(seeds: Sequence[int], step: int, measured: dict[str, np.nd
         if not np.isfinite(values_by_seed).all():
             bad_seed = seeds[int(np.argmin(np.isfinite(values_by_seed)))]
             raise UserError(
-                f'{metric_name} of seed {bad_seed} became non-finite by step {step}; this state is '
+                f'{metric_name} of seed {bad_seed} is not finite at step {step}; this state is '
                 f'not saved. {ADVICE}'
             )
 
@@ -293,7 +293,7 @@ def refuse_broken_state(
             bad_seed = seeds[is_broken.index(True)]
             suffix = ', or its square,' if part_name == 'parameters' else ''
             raise UserError(
-                f'an entry of the {part_name}{suffix} of seed {bad_seed} became non-finite by step '
+                f'an entry of the {part_name}{suffix} of seed {bad_seed} is not finite at step '
                 f'{step}; this state is not saved. {ADVICE}'
             )
 

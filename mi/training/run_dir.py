@@ -194,7 +194,7 @@ def open_run(
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f'--workdir={path}: {error.strerror}. Try another directory') from error
+        raise UserError(f'--workdir={path}: {error.strerror}. Use another directory') from error
     with _explain_storage_failure(path), contextlib.ExitStack() as stack:
         # The primary process locks the directory and compares config and versions.
         if sharding.is_primary():

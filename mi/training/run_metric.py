@@ -124,8 +124,7 @@ class MetricAppender:
                 return record
             raise UserError(
                 f'METRIC = {self._metric!r}: expected a number or None for the {len(history)} '
-                f'{split} records up to step {step}, but got {type(error).__name__}: '
-                f'{format_error(error)}'
+                f'{split} records up to step {step} ({type(error).__name__}: {format_error(error)})'
             ) from error
         if number is None:
             return record

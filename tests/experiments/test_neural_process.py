@@ -309,7 +309,7 @@ def test_the_figure_names_every_decoder_and_the_ceiling(tmp_path, monkeypatch):
         ({'problem.scale': (1.0, 0.5)}, r'problem\.scale = .*expected a tuple \(low, high\)'),
         ({'problem.family': 'rbv'}, r"problem\.family = 'rbv': .*did you mean 'rbf'"),
         ({'model.paths': 'latent', 'model.cross_attention': 2}, r"share one z.*paths = 'both'"),
-        ({'model.self_attention': 3}, r'self_attention = 3: expected .* divides .*width = 8'),
+        ({'model.self_attention': 3}, r'self_attention = 3: expected a divisor .*width = 8'),
         ({'model.fusion.name': 'multi_head'}, r"'multi_head': expected a fusion for dense"),
     ],
 )  # fmt: skip

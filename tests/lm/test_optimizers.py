@@ -143,7 +143,7 @@ def test_an_affine_function_of_all_copies_is_that_of_x():
     [
         ('optax.contrib:momo', 'update also needs value'),
         ('optax.contrib:dpsgd', 'expected values of l2_norm_clip and noise_multiplier and seed'),
-        ('optax.contrib:schedule_free', 'has no base_optimizer'),
+        ('optax.contrib:schedule_free', 'expected values of base_optimizer'),
     ],
 )
 def test_an_optimizer_that_needs_more_is_refused(name, message):

@@ -351,7 +351,7 @@ def test_a_corrupted_line_names_file_and_line(sweep, line):
         ({'baseline': 'film'}, "baseline = 'film'"),
         ({'metric': None}, 'metric = None'),
         ({'lower_is_better': 'yes'}, "lower_is_better = 'yes'"),
-        ({'members': []}, 'one or more'),
+        ({'members': []}, 'at least one member'),
         (
             {'members': [{'name': 'fusion=mi'}, {'name': 'fusion=film', 'label': 'fusion=mi'}]}
             | {'baseline': None},

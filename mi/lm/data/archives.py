@@ -117,7 +117,7 @@ def name_os_errors(cache: pathlib.Path) -> Iterator[None]:
     except OSError as error:
         file = pathlib.Path(os.fsdecode(error.filename or cache))
         is_in_cache = file == cache or cache in file.parents or file in cache.parents
-        hint = 'changing its permissions, or another file for `source`'
+        hint = 'another file for `source`, or change its permissions'
         if is_in_cache:
             hint = 'another directory for `cache`'
         reason = error.strerror or str(error)

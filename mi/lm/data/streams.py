@@ -86,9 +86,7 @@ def windows(tokens: np.ndarray, batch: int, length: int, stride: int) -> Iterato
       ValueError: unless 1 ≤ stride ≤ length.
     """
     if not 1 <= stride <= length:
-        raise ValueError(
-            f'stride = {stride}: expected a value from 1 to {length}, the length of a window'
-        )
+        raise ValueError(f'stride = {stride}: expected 1 to {length}, the length of a window')
     num_predictions = len(tokens) - 1
     length = min(length, num_predictions)
     num_windows = 1 + -(-(num_predictions - length) // stride)
