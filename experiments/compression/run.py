@@ -59,7 +59,7 @@ class Settings(NamedTuple):
 
     Attributes:
       workdir: run directory of the full MI.
-      out: output directory, in which the runs of this experiment are.
+      out: directory for the runs of this experiment.
       form: compressed form of the layers.
       steps: number of steps of the fine-tuning.
       calibration: number of inputs at which outputs are fitted; 0 to approximate W itself.

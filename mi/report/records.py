@@ -17,7 +17,7 @@ def read_metrics(path: pathlib.Path, is_done: bool, warnings: list[str]) -> list
     for line_number, record in records.items():
         has_position = isinstance(record.get('step'), int) and isinstance(record.get('seed'), int)
         if not has_position or not isinstance(record.get('split'), str):
-            raise UserError(f'{path}, line {line_number}: expected step, seed and split')
+            raise UserError(f'{path}, line {line_number}: expected the fields step, seed and split')
     return list(records.values())
 
 
@@ -26,7 +26,7 @@ def read_timing(path: pathlib.Path, is_done: bool, warnings: list[str]) -> list[
     records = _read_lines(path, is_done, warnings)
     for line_number, record in records.items():
         if not isinstance(record.get('step'), int) or not is_number(record.get('seconds')):
-            raise UserError(f'{path}, line {line_number}: expected step and seconds')
+            raise UserError(f'{path}, line {line_number}: expected the fields step and seconds')
     return list(records.values())
 
 

@@ -1,4 +1,4 @@
-"""Experiment trackers, which receive a copy of the metrics: `config.tracker`.
+"""Experiment trackers (`config.tracker`), which receive a copy of the metrics.
 
 Reports do not need a tracker, because they read the JSONL files that every run writes (see
 mi.training.logger). A tracker receives the project, the name of the run directory, and an id, which

@@ -55,7 +55,7 @@ class Corpus:
 
     @property
     def sizes(self) -> tuple[int, int]:
-        """Number of token ids and number of domains."""
+        """The number of token ids and the number of domains."""
         return self.vocabulary, len(self.domains)
 
     def get_domains(self, split: str, positions: np.ndarray) -> np.ndarray:
