@@ -34,7 +34,7 @@ class Distribution(abc.ABC):
 
 @dataclasses.dataclass(frozen=True)
 class Uniform(Distribution):
-    """The uniform distribution of a float in [low, high], or of its logarithm if `log`."""
+    """A uniform distribution over floats in [low, high], or a log-uniform one if `log` is True."""
 
     low: float
     high: float
@@ -51,7 +51,7 @@ class Uniform(Distribution):
 
 @dataclasses.dataclass(frozen=True)
 class Integer(Distribution):
-    """The uniform distribution of an integer in [low, high], or of its logarithm if `log`.
+    """A uniform distribution over integers in [low, high], or a log-uniform one if `log` is True.
 
     With `log`, a float that is log-uniform in [low − 1/2, high + 1/2] is rounded.
     """

@@ -61,10 +61,10 @@ def read_member_state(run_dir: pathlib.Path, metric: str = '') -> MemberState:
 
 
 class StateReader:
-    """A reader for the states of many members that reads only changes.
+    """A reader of members' states, which skips files that have not changed.
 
-    It reads a file only if the file has changed, continues record files where it stopped, and
-    caches the states of members that are done or stopped.
+    It reads only the new records of a file, and caches the states of members that are done or
+    stopped.
 
     Args:
       metric: see `read_member_state`.

@@ -138,7 +138,10 @@ def _convolution_flops(instruction: hlo.Instruction, lhs: hlo.Shape, output: hlo
     """
     dim_labels = re.search(r'dim_labels=(\w+)_(\w+)->(\w+)', instruction.attributes)
     if dim_labels is None:
-        raise ValueError('expected a convolution with dim_labels')
+        raise ValueError(
+            f'convolution {instruction.label}: expected a dim_labels attribute, such as '
+            'dim_labels=b01f_01io->b01f'
+        )
     # Axes are named by letters: b and f for batch and features, digits for space.
     spatial = [label for label in dim_labels[3] if label.isdigit()]
     window = _window(instruction.attributes, len(spatial))

@@ -133,7 +133,10 @@ def _is_window(name: str, in_shape: tuple[int, ...], out_shape: tuple[int, ...])
 
 
 def concatenate(trace: Trace, equation: Equation) -> Value:
-    """Return concatenated arrays, keeping track of the parts for affine maps."""
+    """Return a concatenation of arrays that keeps a list of its parts.
+
+    An affine map of the result combines the parts with each other, see `Trace.record_parts`.
+    """
     inputs, shape = equation.inputs, equation.shape
     data = [value for value in inputs if value.streams]
     squashes = {operand.squash for operand in data}

@@ -282,8 +282,8 @@ class Attention(nn.Module):
         """Return the cache after checking that its shape fits the new keys."""
         if not (self.has_variable('cache', 'filled') or self.is_initializing()):
             raise ValueError(
-                f'decode = True: expected a cache for keys {keys.shape}. Initialize the module '
-                'with decode=True and an x of the full length'
+                "decode = True: expected a 'cache' collection, but found none. Try initializing "
+                'the module with decode=True and an x of the full length'
             )
         cache = {
             'keys': self.variable('cache', 'keys', jnp.zeros, keys.shape, keys.dtype),

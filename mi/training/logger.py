@@ -328,7 +328,7 @@ class Progress:
             self._bar.start()
 
     def update(self, step: int, note: str, rate: str) -> None:
-        """Show a step; plain lines appear once per interval and at the last step."""
+        """Update the bar, or print a line once per interval and at the last step."""
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=step, note=note, rate=rate)
             return

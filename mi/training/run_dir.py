@@ -165,7 +165,7 @@ class Run:
 
 
 class Preempted(SystemExit):
-    """Exit of a run with code 143, after a checkpoint."""
+    """Raised to end a run with exit code 143, after a checkpoint."""
 
     def __init__(self) -> None:
         super().__init__(PREEMPTED)

@@ -14,7 +14,7 @@ from mi.unify.composition import Composition, Product, Variables
 def convert_dense_mixture(
     module: DenseMixture, variables: Variables, x: Array, z: Array
 ) -> Composition:
-    """Convert to gᵀEx + gᵀe, where g are the weights of the experts."""
+    """Convert a dense mixture to gᵀEx + gᵀe, where g holds the mixture weights."""
     params = variables['params']
     x, z = align_streams(x, z)
     product = Product(
@@ -36,7 +36,7 @@ def convert_routed_mixture(
     z: Array | None = None,
     mask: Array | None = None,
 ) -> Composition:
-    """Convert to gᵀAh + gᵀa, where h are the hidden units, and g = 0 for unused experts."""
+    """Convert a routed mixture to gᵀAh + gᵀa, with hidden units h and g = 0 for unused experts."""
     params = variables['params']
     num_experts, hidden_size, output_size = params['A'].shape
     leading = x.shape[:-1]

@@ -332,7 +332,7 @@ def test_a_cache_that_does_not_fit_is_refused():
     def call(x, variables):
         run(module, variables, x, decode=True, mutable=['cache'])
 
-    with pytest.raises(ValueError, match='expected a cache'):
+    with pytest.raises(ValueError, match="expected a 'cache' collection"):
         call(X, params)
     with pytest.raises(ValueError, match=r'cannot hold keys \(2, 6, 4, 2\)'):
         call(LONG, {**params, 'cache': cache})
