@@ -62,7 +62,7 @@ Splits = dict[str, Split]
 
 
 def find_splits(config: ml_collections.ConfigDict) -> Splits:
-    """Return the records of each split in a run.
+    """Return the splits recorded in a run with the given config, keyed by name.
 
     Raises:
       UserError: if the config is invalid.
@@ -199,7 +199,10 @@ class Finder:
         self._cache: dict[str, Splits] = {}
 
     def find(self, config: ml_collections.ConfigDict) -> Splits:
-        """Return the records of each split in a run of a config."""
+        """Return the splits recorded in a run with the given config, keyed by name.
+
+        A metric 'package.module:function' is added to each split from which it can be computed.
+        """
         values = sorted(flatten(config.to_dict()).items())
         cache_key = repr([(key, value) for key, value in values if self._matters(key, value)])
         if cache_key not in self._cache:

@@ -86,10 +86,10 @@ def choose_hyperparameters(configs: Configs, keys: Sequence[str] | None) -> list
             if key in flat_config and is_scalable(flat_config[key]):
                 continue
             known_keys = [known for known, value in flat_config.items() if is_scalable(value)]
-            value = f'{flat_config[key]!r}' if key in flat_config else 'no such key'
+            setting = f'{key} = {flat_config[key]!r}' if key in flat_config else 'no such key'
             raise UserError(
-                f'--perturb={key}: expected a key whose value is a nonzero float, such as 0.1, in '
-                f'the config of {member_name} (got {value}); {suggest(key, known_keys)}'
+                f'--perturb={key}: expected a config key whose value is a nonzero float, such as '
+                f'0.1, but {member_name} has {setting}; {suggest(key, known_keys)}'
             )
     return list(keys)
 

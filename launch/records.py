@@ -108,7 +108,7 @@ def read_stamp(file: pathlib.Path) -> FileStamp | None:
 
 
 def read_records(file: pathlib.Path, fields: Fields, tail: int = TAIL) -> list[Record]:
-    """Return the newest records of a file, like the first call of `RecordReader.read`."""
+    """Return the records in the last `tail` bytes of a file; for `fields`, see `RecordReader`."""
     return RecordReader(file, fields, tail).read()[0]
 
 

@@ -36,7 +36,7 @@ def check_context(context: str) -> None:
 
 
 def context_init(context: Context, variance: float = 1.0) -> Initializer:
-    """Return an initializer for U [m, k] that gives each entry of zᵀU this variance."""
+    """Return an initializer for U [m, k] such that each entry of zᵀU has the given variance."""
     check_context(context)
     if context == 'one_hot':  # zᵀU is a row of U: the fan-in is 1
         return initializers.variance_scaling(
@@ -46,7 +46,7 @@ def context_init(context: Context, variance: float = 1.0) -> Initializer:
 
 
 def input_init(variance: float = 1.0) -> Initializer:
-    """Return an initializer for V [n, k] that gives each entry of Vx this variance."""
+    """Return an initializer for V [n, k] such that each entry of Vx has the given variance."""
     return initializers.variance_scaling(variance, 'fan_in', 'truncated_normal')
 
 
@@ -58,7 +58,7 @@ def stacked_init(variance: float = 1.0, num_axes: int = 1) -> Initializer:
 
 
 def interaction_init(context: Context, variance: float = 1.0) -> Initializer:
-    """Return an initializer for W [m, n, k] that gives each entry of zᵀWx this variance."""
+    """Return an initializer for W [m, n, k] such that each entry of zᵀWx has the given variance."""
     check_context(context)
     if context == 'one_hot':
         return initializers.variance_scaling(
@@ -221,7 +221,7 @@ class MultiplicativeInteraction(nn.Module):
         return jnp.broadcast_to(output, (*output_axes, self.features))
 
     def _compute_interaction(self, x: Array, z: Array, context_size: int, variance: float) -> Array:
-        """Return zᵀWx, initialized so that each entry has this variance."""
+        """Return zᵀWx, initialized so that each entry has the given variance."""
         W_init = self.W_init or interaction_init(self.context, variance)
         W = self.param('W', W_init, (context_size, x.shape[-1], self.features), self.param_dtype)
         return bilinear(x, z, W.astype(x.dtype), precision=self.precision)

@@ -213,5 +213,5 @@ def test_forms_without_a_cheaper_one_are_refused():
     with pytest.raises(ValueError, match=r'got a diagonal or scalar form'):
         mi.compress(variables, rank=2)
     pytest.importorskip('tensorly')
-    with pytest.raises(ValueError, match=r'W is zero: expected an interaction'):
+    with pytest.raises(ValueError, match=r'W is zero: expected at least one nonzero entry'):
         mi.compress(make_variables(np.zeros((M, N, K))), rank=2)

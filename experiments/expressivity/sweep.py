@@ -108,7 +108,11 @@ def report(workdir: pathlib.Path, out: pathlib.Path) -> None:
 
 
 def read_smallest_parameters(arm: runs.Arm) -> dict[int, dict[int, float]]:
-    """Read {dimension: {seed: parameters}}, with ∞ where the error was not reached."""
+    """Read the parameter count of the smallest network that reached the target error.
+
+    Returns:
+      {dimension: {seed: count}}; the count is ∞ if no network of the seed reached the error.
+    """
     smallest = {}
     for dimension in arm.config['search']['at']:
         by_seed = arm.final_values(f'parameters/{dimension}', SPLIT)

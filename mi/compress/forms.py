@@ -207,7 +207,7 @@ def _call_tensorly(function_name: str, W: np.ndarray, rank: object, **options: o
             f'TensorLy is not installed. Try {suggest_install("compress")}'
         ) from error
     if not W.any():  # its stopping rule divides by ‖W‖
-        raise ValueError('W is zero: expected an interaction to compress')
+        raise ValueError('W is zero: expected at least one nonzero entry')
     decompose = getattr(tensorly.decomposition, function_name)
     with warnings.catch_warnings(), tensorly.backend_context('numpy', local_threadsafe=True):
         # An axis shorter than the rank; TensorLy fills the missing columns at random.

@@ -126,7 +126,7 @@ class _Search:
             }
 
     def run(self) -> None:
-        """Search at every value, then write the summary of each seed."""
+        """Search at each value in `config.search.at`, then write a summary for each seed."""
         config, run = self._config, self._run
         run.write('cost.json', {'steps': len(self._grids)})
         smallest_records: dict[int, list[logger.Record | None]] = {}  # by value, of each seed

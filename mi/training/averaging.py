@@ -75,12 +75,20 @@ def average_params(
 
 
 def has_eval_params(opt_state: optax.OptState) -> bool:
-    """Return whether an optimizer state, or its shapes, has separate parameters to evaluate."""
+    """Return whether evaluation uses parameters other than the trained ones.
+
+    Args:
+      opt_state: state of the optimizer, or a tree of its shapes.
+    """
     return isinstance(opt_state, AveragedState) or is_schedule_free(opt_state)
 
 
 def is_schedule_free(opt_state: optax.OptState) -> bool:
-    """Return whether an optimizer state, or its shapes, is that of a schedule-free optimizer."""
+    """Return whether an optimizer state belongs to a schedule-free optimizer.
+
+    Args:
+      opt_state: state of the optimizer, or a tree of its shapes.
+    """
     return bool(_find_schedule_free(opt_state))
 
 

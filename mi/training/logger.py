@@ -347,12 +347,12 @@ class Progress:
 class RunLogger(contextlib.AbstractContextManager['RunLogger']):
     """A logger of one run, which combines `MetricsWriter` and `Progress`.
 
-    Processes that do not write only check that values are finite.
+    If `path` is None, nothing is written, and `write` only checks that values are finite.
 
     Args:
-      path: run directory; None for a process that does not write.
+      path: run directory; None in a process that does not write.
       total: number of steps.
-      done: step of the checkpoint.
+      done: step of the checkpoint that the run resumes from; 0 for a new run.
       position: see `MetricsWriter`.
       tracker: see `MetricsWriter`.
     """

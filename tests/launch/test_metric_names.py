@@ -145,11 +145,11 @@ def test_hyperparameters_are_by_default_those_of_the_task():
 @pytest.mark.parametrize(
     'config, key, message',
     [
-        (LM, 'loss.entropy_cost', 'no such key'),
+        (LM, 'loss.entropy_cost', 'but a has no such key'),
         (LM, 'optim.learning_rat', "did you mean 'optim.learning_rate'"),
-        (LM, 'model.hidden', r'a nonzero float.* of a \(got \d+\); '),
-        (LM, 'model.tied', r'in the config of a \(got True\)'),
-        (LM, 'optim.weight_decay', r'nonzero float.*in the config of a \(got 0.0\)'),
+        (LM, 'model.hidden', r'a nonzero float.* but a has model\.hidden = \d+; '),
+        (LM, 'model.tied', r'but a has model\.tied = True'),
+        (LM, 'optim.weight_decay', r'nonzero float.* but a has optim\.weight_decay = 0\.0'),
         (LM, 'optim.name', "'adam'"),
         (SEARCH, 'optim.learning_rate', "config.task = 'search' of a"),
     ],

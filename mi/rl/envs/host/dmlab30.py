@@ -147,7 +147,10 @@ class LevelCache:
         return True
 
     def write(self, key: str, pk3_path: str) -> None:
-        """Store the map at the path atomically, because several processes may share the folder."""
+        """Copy the map at the path into the cache, under the given key.
+
+        The copy is atomic, because several processes may share the folder.
+        """
         file_descriptor, temporary_path = tempfile.mkstemp(dir=self._folder)
         os.close(file_descriptor)
         shutil.copyfile(pk3_path, temporary_path)
