@@ -302,7 +302,7 @@ class Measurement(NamedTuple):
     """The results of a training run.
 
     Attributes:
-      stages: distribution of the duration of each stage.
+      stages: distribution of each stage's duration.
       outcome: statistics of the run, in the same form as those of the simulation.
       medians: stage → median duration in seconds.
     """
@@ -361,7 +361,7 @@ def _collection_overhead(policy: ClockedPolicy, worker: ClockedWorker, start_tim
 
 
 def compare(set_name: str, num_actors: int) -> dict[str, Any]:
-    """Measure and simulate one set; print both and return an entry for the JSON file."""
+    """Measure, simulate and print one set, and return an entry for the JSON file."""
     config = make_config(set_name, num_actors)
     stages, measured, medians = measure(config, UPDATES.value)
     simulated = pipeline.simulate(make_topology(config), stages, updates=400, warmup=50)

@@ -121,7 +121,7 @@ class Job:
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """The cost of one training step on N chips; seconds and bytes are per chip.
+    """The cost of one training step on N chips. Seconds and bytes are per chip.
 
     Attributes:
       chips: number of chips, N.
@@ -216,8 +216,8 @@ def estimate_step(
       job: the training run.
       chip: the accelerator.
       chips: number of chips, N.
-      rows: number of rows in the batch; a multiple of N.
-      fsdp: number of chips that share one copy of the parameters, F; a divisor of N.
+      rows: number of rows in the batch, a multiple of N.
+      fsdp: number of chips that share one copy of the parameters, F, which divides N.
       share: fraction of the roofline that products reach on one chip.
 
     Raises:

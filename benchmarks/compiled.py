@@ -54,7 +54,7 @@ class Job(NamedTuple):
       config: function from the number of chips to the config.
       rows: function from the number of chips to the number of rows in the batch, over all chips.
       paper: function from the config and the rows on a chip to the chip's work in the analytic
-        model; None if the model does not cover the job.
+        model, or None if the model does not cover the job.
     """
 
     title: str
@@ -118,7 +118,7 @@ def topology_name(family: str, num_chips: int) -> str:
 
 
 def compile_record(job_name: str, family: str, num_chips: int) -> Record:
-    """Compile the training step of a job; return a record of its costs per chip and update."""
+    """Compile the training step of a job and return a record of its costs per chip and update."""
     config = JOBS[job_name].config(num_chips)
     devices = topologies.describe(topology_name(family, num_chips))
     memory_limit = topologies.get_memory(devices[0])

@@ -117,7 +117,7 @@ class PlainTransformer(nn.Module):
 
 
 def lm_config(core: str, fusion: str) -> ml_collections.ConfigDict:
-    """Return the config of our language model; with the fusion 'none' there is no fusion site."""
+    """Return the config of our language model, which has no site if the fusion is 'none'."""
     config = lm_configs.get_config(f'core={core}').unlock()
     for rate in ('input', 'layer', 'output'):
         config.dropout[rate] = 0.0
@@ -236,7 +236,7 @@ def make_step(set_name: str, side: str) -> Callable[[], object]:
 
 
 def measure_side(set_name: str, side: str, device: jax.Device) -> dict[str, Any]:
-    """Compile a side; return its kernels, FLOPs, traffic and temporary memory per update."""
+    """Compile a side and return its kernels, FLOPs, traffic and temporary memory per update."""
     compiled, updates = compile_side(set_name, side, device)
     costs, sizes = program.analyze(compiled), memory.measure(compiled)
     return {

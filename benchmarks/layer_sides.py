@@ -66,7 +66,7 @@ def jax_sides(regime: Regime) -> dict[str, Side]:
 
 
 def _apply(module: nn.Module, param_names: str) -> Side:
-    """Return a function that applies the module to arrays; each letter names a parameter."""
+    """Return a function that applies the module to arrays. Each letter names a parameter."""
 
     def apply(a: Arrays) -> Tensor:
         return module.apply({'params': {name: a[name] for name in param_names}}, a['x'], a['z'])

@@ -166,7 +166,7 @@ def measure_seconds(call: Call, wait: Callable[[object], object] = lambda result
 
 
 def measure_memory(call: Call) -> float:
-    """Return the peak resident bytes of a call, minus those at its start; Linux only."""
+    """Return the peak resident bytes of a call, minus those at its start, on Linux only."""
     call()
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
@@ -227,7 +227,7 @@ Times = dict[tuple[str, str, str], list[float]]  # library, side, phase → seco
 def measure(
     workers: Mapping[str, Worker], index: int, rounds: int
 ) -> tuple[Times, dict[str, Facts]]:
-    """Time all sides of a regime in turns; return the times, and library → facts by side."""
+    """Time all sides of a regime in turns and return the times, and library → facts by side."""
     answers = {library: worker.ask(regime=index) for library, worker in workers.items()}
     times: Times = {}
     slow_sides = set()
@@ -298,7 +298,7 @@ def compare(times: Times, phase: str) -> Comparison:
 
 
 def race(indices: Sequence[int]) -> list[Figure]:
-    """Compare all sides of the given regimes; print and return a row for each phase."""
+    """Compare all sides of the given regimes, and print and return a row for each phase."""
     workers = {library: Worker(library) for library in ('jax', 'torch')}
     print(
         f'{"regime":<16}{"ph":<3}{"mi ms":>9}{"share":>7}{"einsum":>8}{"best torch":>22}'
@@ -379,7 +379,7 @@ def compile_orders(regime: Regime) -> tuple[kernels.Order, dict[kernels.Order, C
 
 
 def race_orders() -> list[Figure]:
-    """Compare the chosen order with all others; print and return a row for each random shape."""
+    """Compare the chosen order with all others, and print and return a row per random shape."""
     host.keep_freed_memory()
     print(f'{"B, m, n, k":<22}{"plan":>15}{"best":>16}{"plan/best":>11}   all, ms')
     figures = []

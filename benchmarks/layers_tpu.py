@@ -58,7 +58,7 @@ def select_regimes() -> list[Regime]:
 
 
 def select_orders(regime: Regime) -> Sequence[Any]:
-    """Return the orders of a regime that fit in memory; [None] if there is no choice."""
+    """Return the orders of a regime that fit in memory, or [None] if there is no choice."""
     if regime.form not in ('full', 'ids'):
         return [None]
     B, m, n, k = math.prod(regime.rows), regime.m, regime.n, regime.k
@@ -118,7 +118,7 @@ def compile_pass(
 def read_estimates(
     compiled: jax.stages.Compiled, clock: float
 ) -> tuple[float | None, float | None]:
-    """Return the estimated seconds in kernels and at peak speed; None where unknown."""
+    """Return the estimated seconds in kernels and at peak speed, or None where unknown."""
     try:
         analysis, hlo_text = program.analyze(compiled), compiled.as_text() or ''
     except jax.errors.JaxRuntimeError:  # jaxlib cannot read programs of a newer libtpu

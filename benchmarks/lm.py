@@ -210,7 +210,7 @@ def _torch_device() -> str:
 def products_alone(
     carry: Carry, x: Array, weights: LSTMWeights, reset: None, keep: None
 ) -> tuple[Carry, Array]:
-    """Compute only the products of `mi.kernels.lstm.lstm`; the result is meaningless."""
+    """Compute only the products of `mi.kernels.lstm.lstm`. The result is meaningless."""
     return _products_forward(carry, x, weights, reset, keep)[0]
 
 
@@ -346,7 +346,8 @@ def print_ratios(
     """Print and return a row for each side.
 
     Args:
-      seconds: side → seconds per step in each round; the first side is the reference of ratios.
+      seconds: side → seconds per step in each round. The first side is the reference for the
+        ratios.
       tokens_per_step: number of tokens in a step.
     """
     peer = next(iter(seconds))

@@ -117,7 +117,7 @@ def load_text(file: str, length: int) -> Text:
     """Read a text, whose last tenth is for validation.
 
     Args:
-      file: path of a text file; '' for the novels in the package.
+      file: path of a text file, or '' for the novels in the package.
       length: length of a window, T, which must fit into both parts.
 
     Raises:

@@ -50,7 +50,7 @@ def empirical(seconds: Sequence[float]) -> Distribution:
 
 @dataclasses.dataclass(frozen=True)
 class Engine:
-    """The timing of a simulator of one environment, on one core.
+    """The timing of a simulator for one environment on one core.
 
     Attributes:
       step: mean seconds per step.
@@ -66,7 +66,7 @@ class Engine:
 
 
 def engine_group(rows: int, cores: int, engine: Engine) -> Distribution:
-    """Return the distribution of the step time of a group, which waits for its slowest core.
+    """Return the step-time distribution for a group, which waits for its slowest core.
 
     Args:
       rows: number of engines, distributed evenly over the cores.
@@ -93,10 +93,10 @@ class Topology:
       actors: number of actors, N.
       groups: number of groups per actor, G.
       rows: number of rows per group, b (`actors.batch`).
-      batch: number of rows per update, B; a multiple of b.
+      batch: number of rows per update, B, a multiple of b.
       length: number of steps in a trajectory, T.
       queue: capacity of the queue in trajectories.
-      max_lag: maximum lag in updates; the learner drops older trajectories.
+      max_lag: maximum lag in updates. The learner drops older trajectories.
       max_in_flight: maximum number of pending updates when the learner takes the next trajectories.
         On a CPU, XLA allows 32 (`max_inflight_computations_per_device`). 0 waits for each update.
       one_device: whether policy calls and updates take turns on one device.
@@ -119,10 +119,10 @@ class Topology:
 
 @dataclasses.dataclass(frozen=True)
 class Stages:
-    """Distributions of the durations of the stages.
+    """The distribution of each stage's duration.
 
     Attributes:
-      simulate: a step of the environments of a group.
+      simulate: a step of a group's environments.
       act: the work of a thread for one step of a group: copies, policy, sending.
       first_act: the same for the first step with new parameters, which may take longer.
       pack: combining steps into a trajectory.
@@ -279,7 +279,7 @@ class _System:
 def simulate(
     topology: Topology, stages: Stages, updates: int = 200, warmup: int = 50, seed: int = 0
 ) -> Outcome:
-    """Simulate `updates` updates; return statistics that exclude the first `warmup`."""
+    """Simulate `updates` updates and return statistics that exclude the first `warmup`."""
     system = _System(topology, stages, seed)
     system.run(updates)
 

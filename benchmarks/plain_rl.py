@@ -41,7 +41,7 @@ GOALS = {
 
 
 def lstm(hidden_size: int, carry: Carry, inputs: Array, is_first: Array) -> tuple[Carry, Array]:
-    """Apply a textbook LSTM along the first axis; each episode starts from a state of zeros."""
+    """Apply a textbook LSTM along the first axis. Each episode starts from an all-zero state."""
 
     def step(
         cell: nn.OptimizedLSTMCell, carry: Carry, timestep: tuple[Array, Array]
@@ -150,7 +150,7 @@ class PlainXLand:
         self._tiles = jnp.stack(list(tiles.values()))
 
     def reset(self, reset_key: chex.PRNGKey) -> tuple[TimeStep, Array]:
-        """Begin an episode of a random task; return the first time step and the task."""
+        """Begin an episode of a random task and return the first time step and the task."""
         task_key, reset_key = jax.random.split(reset_key)
         task = jax.random.randint(task_key, (), 0, len(xland.TRAIN))
         rules = RuleSet(
@@ -161,7 +161,7 @@ class PlainXLand:
     def step(
         self, time_step: TimeStep, task: Array, action: Array, reset_key: chex.PRNGKey
     ) -> tuple[TimeStep, Array, Array]:
-        """Step all environments, restarting ended ones; return time steps, tasks and discounts."""
+        """Step or restart all environments, and return time steps, tasks and discounts."""
         step = jax.vmap(self._environment.step, (None, 0, 0))
         next_step = step(self._params, time_step, action)
         is_last = next_step.step_type == 2

@@ -102,7 +102,7 @@ REGIMES = [
 
 
 def random_regimes() -> list[Regime]:
-    """Return a dozen random regimes, the same in every run; some are larger on a GPU."""
+    """Return a dozen random regimes, the same in every run. Some are larger on a GPU."""
     rng = np.random.default_rng(20_200_426)
     octaves, max_operations = (11, 2e10) if jax.default_backend() == 'cpu' else (16, 1e12)
     regimes: list[Regime] = []

@@ -262,7 +262,8 @@ def print_ratios(set_name: str, seconds: Mapping[str, Sequence[float]]) -> list[
 
     Args:
       set_name: name of the set.
-      seconds: side → seconds per update in each round; the first side is the reference of ratios.
+      seconds: side → seconds per update in each round. The first side is the reference for the
+        ratios.
     """
     peer = next(iter(seconds))
     figures = []

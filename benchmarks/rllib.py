@@ -43,7 +43,7 @@ class Pong(gymnasium.Env[np.ndarray, int]):
 
 
 class BabyAI(gymnasium.Env[np.ndarray, int]):
-    """One BabyAI environment from our pools; successive instances cycle through the levels."""
+    """One BabyAI environment from our pools. Successive instances cycle through the levels."""
 
     instances = itertools.count()
 

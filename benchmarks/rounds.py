@@ -55,11 +55,11 @@ def race(
     Args:
       commands: side → arguments with which python runs `serve`.
       rounds: number of rounds.
-      parse: function that parses the output of a round; `json.loads` for sides that run
+      parse: function that parses the output of a round, such as `json.loads` for sides that run
         `serve_turns`.
 
     Raises:
-      RuntimeError: if a process ends early; its message is on stderr.
+      RuntimeError: if a process ends early. Its message is on stderr.
     """
     workers: dict[str, subprocess.Popen[str]] = {}
 

@@ -87,7 +87,8 @@ SYSTEMS = (
 def lm_table(job: Job, chip: Chip, share: float, price: float, is_weak: bool) -> Table:
     """Return a table with a row for each number of chips and of FSDP shards.
 
-    The batch has the same size on all numbers of chips, or the same rows per chip if `is_weak`.
+    The batch has the same size on all numbers of chips, or the same rows per chip if `is_weak` is
+    True.
     """
     head = ['chips', 'FSDP', 'rows', 'GB', 'products', 'optimizer', 'MB', 'network', 'step']
     table_rows = [[*head, 'bound by', 'k tokens/s', 'of linear', 'updates', 'hours', 'cost']]

@@ -123,14 +123,14 @@ def explain_variance(embeddings: np.ndarray, groups: Sequence[str]) -> float:
 
 
 def _find_run(workdir: pathlib.Path, label: str) -> str:
-    """Find the name of the run directory of an arm that has a single run."""
+    """Find the run directory's name for an arm that has a single run."""
     members = read_json(workdir / 'sweep.json')['members']
     (name,) = (member['name'] for member in members if member['label'] == label)
     return str(name)
 
 
 def _split_names(names: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """Split the names of tasks into factors; for example, the kind of 'hold red ball' is 'hold'."""
+    """Split the names of tasks into factors, such as the kind 'hold' of 'hold red ball'."""
     return dict(zip(FACTORS, zip(*map(str.split, names), strict=True), strict=True))
 
 

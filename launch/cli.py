@@ -86,7 +86,7 @@ def get_resources() -> Resources:
 def run(
     name: str, submit: Submit, watches: bool, find_devices: Callable[[Resources], Devices]
 ) -> None:
-    """Run `python -m launch.NAME`; exit with code 1 if a member is not finished.
+    """Run `python -m launch.NAME`, and exit with code 1 if a member is not finished.
 
     A report is written unless members are only queued.
     """
@@ -125,7 +125,7 @@ def run(
 
 
 def finish(file: str, workdir: pathlib.Path, states: States, num_members: int) -> None:
-    """Write the report; exit with code 1 if a member is not finished."""
+    """Write the report, and exit with code 1 if a member is not finished."""
     # Name unfinished members before the sweep file's own report, which may raise.
     errors = describe_unfinished(states, num_members)
     for line in errors:
@@ -137,7 +137,7 @@ def finish(file: str, workdir: pathlib.Path, states: States, num_members: int) -
 
 
 def dry_run(members: Sequence[Member], workdir: pathlib.Path, devices: Devices) -> None:
-    """Print what would run and which devices would be idle; with --check, compile one member.
+    """Print what would run and which devices would be idle. With --check, compile one member.
 
     Exit with code 1 if the checked member does not fit on its devices.
     """
@@ -203,7 +203,7 @@ def main(
     *,
     watches: bool = False,
 ) -> None:
-    """Run an engine as a program; its module calls this at the end.
+    """Run an engine as a program. Its module calls this at the end.
 
     Args:
       name: name of the engine's module.
@@ -216,7 +216,7 @@ def main(
 
 
 def start(program: Callable[[], None]) -> None:
-    """Parse the flags and run a program; on a `UserError`, exit with its message."""
+    """Parse the flags and run a program. On a `UserError`, exit with its message."""
 
     def parse_and_run(argv: Sequence[str]) -> None:
         if not flags.FLAGS['verbosity'].present:

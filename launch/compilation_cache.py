@@ -27,10 +27,11 @@ def prepare(sweep_dir: pathlib.Path, max_megabytes: int) -> dict[str, str]:
 
     Args:
       sweep_dir: directory of the sweep.
-      max_megabytes: maximum size of the cache before the member adds its programs; 0 for no cache.
+      max_megabytes: maximum size of the cache before the member adds its programs, or 0 for no
+        cache.
 
     Returns:
-      Environment variables; empty without a cache, or if JAX_COMPILATION_CACHE_DIR is set.
+      Environment variables, or {} without a cache or if JAX_COMPILATION_CACHE_DIR is set.
     """
     if not max_megabytes or 'JAX_COMPILATION_CACHE_DIR' in os.environ:
         return {}

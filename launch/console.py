@@ -29,7 +29,7 @@ def report() -> None:
 
 
 def sweep() -> None:
-    """Run `launch.ENGINE`; exit with a message if the first argument is not an engine."""
+    """Run `launch.ENGINE`, and exit with a message if the first argument is not an engine."""
     engine = 'local'
     if len(sys.argv) > 1 and not sys.argv[1].startswith('-'):
         engine = sys.argv.pop(1)
@@ -45,7 +45,7 @@ def status() -> None:
 
 
 def _run_module(module: str, extra: str) -> None:
-    """Run a module like `python -m`; exit with a message if a package of the extra is missing."""
+    """Run a module like `python -m`, or exit with a message if a package is missing."""
     try:
         runpy.run_module(module, run_name='__main__', alter_sys=True)
     except ModuleNotFoundError as error:

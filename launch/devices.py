@@ -26,9 +26,10 @@ class Devices:
     """The devices of a member.
 
     Attributes:
-      count: number of devices of all processes; 0 if unknown.
+      count: number of devices of all processes, or 0 if unknown.
       processes: number of processes of the member.
-      topology: name of the devices in `mi.estimate.topologies`, such as 'v5e:4x4'; '' if unknown.
+      topology: name of the devices in `mi.estimate.topologies`, such as 'v5e:4x4', or '' if
+        unknown.
     """
 
     count: int
@@ -53,7 +54,7 @@ def find_warnings(members: Sequence[Member], devices: Devices) -> list[str]:
 
 
 def describe_waste(config: ml_collections.ConfigDict, devices: Devices) -> str:
-    """Describe how devices would be idle or repeat work, and the remedy; '' if they would not."""
+    """Describe idle devices and repeated work, with the remedy, or return '' if there are none."""
     # Fit problems divide only seeds.
     count = devices.count
     if config.task in ('fit', 'search'):
@@ -105,7 +106,7 @@ def _describe_idle_seeds(config: ml_collections.ConfigDict, devices: Devices) ->
 
 
 def check_member(member: Member, devices: Devices) -> bool:
-    """Print the output of `mi.estimate` for a member; return whether it fits on its devices.
+    """Print the output of `mi.estimate` for a member and return whether it fits on its devices.
 
     Without a topology, the same number of CPU devices is used instead. The share of the FLOPs and
     the bytes sent are the same, but it is not checked whether the member fits.

@@ -25,14 +25,14 @@ class Resources:
     """The resources of a member.
 
     Attributes:
-      parallel: number of members that run simultaneously; 0 for as many as fit.
+      parallel: number of members that run simultaneously, or 0 for as many as fit.
       processes: number of processes of each member, joined by jax.distributed.
-      gpus: number of GPUs per process; 0 does not assign GPUs.
-      cores: number of CPU cores per process; 0 for an even share.
+      gpus: number of GPUs per process, or 0 to assign none.
+      cores: number of CPU cores per process, or 0 for an even share.
       retries: number of restarts of a member that fails. A preempted member is always restarted if
         it has made progress.
       cache_megabytes: size limit, whenever a member starts, for the cache of compiled programs that
-        members on this machine share; 0 disables the cache.
+        members on this machine share, or 0 for no cache.
     """
 
     parallel: int = 0
@@ -49,7 +49,7 @@ class Exit(NamedTuple):
     Attributes:
       phase: phase of the member.
       is_restarted: whether the member will be restarted.
-      message: message for the user; '' for none.
+      message: message for the user, or '' for none.
     """
 
     phase: str
@@ -71,7 +71,7 @@ class Attempts:
     def end(self, run_dir: pathlib.Path, exit_code: int) -> Exit:
         """Return the outcome of an attempt that ended with an exit code.
 
-        A member that is preempted twice without progress counts as failed; see `launch.restarts`.
+        A member that is preempted twice without progress counts as failed. See `launch.restarts`.
         """
         if exit_code == 0 or state.is_finished(run_dir):
             is_done = state.read_status(run_dir).get('state') == 'done'

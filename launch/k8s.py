@@ -177,7 +177,7 @@ def _make_pod(
 
 
 def identify_failure(run_dir: pathlib.Path) -> list[str]:
-    """Return strings that identify the last failure of a member; [] if it has not failed.
+    """Return strings that identify the last failure of a member, or [] if it has not failed.
 
     They come from files written by the processes of the member, so that the same failure always
     gives the same name.
@@ -193,7 +193,7 @@ def identify_failure(run_dir: pathlib.Path) -> list[str]:
 
 
 def make_dns_name(*parts: str, max_length: int = 40) -> str:
-    """Join parts into a name that Kubernetes accepts; different parts give different names."""
+    """Join parts into a name that Kubernetes accepts. Different parts give different names."""
     plain_name = re.sub(r'[^a-z0-9]+', '-', '-'.join(parts).lower()).strip('-')
     digest = hashlib.sha256('/'.join(parts).encode()).hexdigest()[:8]
     prefix = '' if plain_name[:1].isalpha() else 's-'

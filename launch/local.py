@@ -26,7 +26,7 @@ from mi.training.lock import is_locked
 
 
 def submit(commands: Commands, resources: Resources, rule: Rule | None = None) -> States:
-    """Run members to completion, several at a time; return the phase of each."""
+    """Run members to completion, several at a time, and return the phase of each."""
     phases = supervise(SweepMembers(commands), Slots(resources), resources.retries, rule)
     return {run_dir: phases[run_dir.name] for run_dir in commands}
 
@@ -104,12 +104,12 @@ class Slots:
             member.wait()
 
     def _find_free_slot(self) -> int | None:
-        """Return the first free slot, or None; a member whose slot is unknown also occupies one."""
+        """Return the first free slot, or None. A member whose slot is unknown also occupies one."""
         free_slots = set(range(self.count)) - set(self._slots.values())
         return min(free_slots) if free_slots and len(self._slots) < self.count else None
 
     def _choose_cores(self, slot: int) -> set[int]:
-        """Return the cores of a slot; small programs run best on a few dedicated cores."""
+        """Return the cores of a slot. Small programs run best on a few dedicated cores."""
         cores = get_cores()
         if self._resources.cores:
             num_cores = self._resources.cores * self._resources.processes

@@ -1,4 +1,4 @@
-"""Names, labels and commands of the members of a sweep.
+"""Names, labels and commands for the members of a sweep.
 
 A member is named after its run directory and labeled with its arm. Both texts show the values in
 which members differ, with their keys where the values alone are ambiguous. The override `label`,

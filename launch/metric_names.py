@@ -45,7 +45,7 @@ class Split(NamedTuple):
 
     Attributes:
       names: names of the metrics in each record.
-      interval: number of steps between two records; 0 if there is only one record, at the end.
+      interval: number of steps between two records, or 0 if there is only one record, at the end.
       prefixes: prefixes of further names, which are not known until the run has started.
     """
 
@@ -116,9 +116,9 @@ class EnvironmentInfo(NamedTuple):
     """Facts about an environment that are known before it is made.
 
     Attributes:
-      tasks: names of the tasks; None if unknown.
-      has_success: whether episodes have a goal; True if unknown.
-      has_scores: whether best and random scores are known; True if this is unknown.
+      tasks: names of the tasks, or None if unknown.
+      has_success: whether episodes have a goal, or True if unknown.
+      has_scores: whether best and random scores are known, or True if this is unknown.
     """
 
     tasks: tuple[str, ...] | None
@@ -234,7 +234,7 @@ def find_error(metric: str, key: str, split: str, splits: Splits) -> str:
       metric: METRIC of the sweep.
       key: 'SPLIT' or 'CURVES'.
       split: value of this key.
-      splits: name → records of the splits of a member.
+      splits: name → records of a member's splits.
     """
     if split not in splits:
         return f'{key} = {split!r}: expected a recorded split; {suggest(split, splits)}'

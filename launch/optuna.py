@@ -94,7 +94,7 @@ def make_sampler(name: str, seed: int) -> 'BaseSampler':
 
 
 def make_distributions(space: Space) -> 'dict[str, BaseDistribution]':
-    """Convert the distributions of a space to Optuna's; a choice becomes `repr(value)`."""
+    """Convert the distributions of a space to Optuna's, where a choice becomes `repr(value)`."""
     distributions = import_optuna().distributions
 
     def convert(entry: Distribution) -> 'BaseDistribution':
@@ -123,7 +123,7 @@ def make_overrides(space: Space, params: Mapping[str, Any]) -> Overrides:
 
 
 def read_objective(run_dir: pathlib.Path, metric: str, split: str) -> float:
-    """Return the last metric of a run, averaged over seeds; NaN if a seed has none or diverged."""
+    """Return the last metric of a run, averaged over seeds. NaN if a seed has none or diverged."""
     file = run_dir / 'metrics.jsonl'
     rows = records.read_records(file, records.METRICS, tail=records.WHOLE_FILE)
     finals = {

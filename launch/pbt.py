@@ -169,7 +169,7 @@ class _PopulationMembers:
 
 
 def train(population: Population, interval: int, resources: Resources) -> dict[str, str]:
-    """Train all members to their last step; return the phase of each."""
+    """Train all members to their last step and return the phase of each."""
     members = _PopulationMembers(population, interval)
     return supervise(members, local.Slots(resources), resources.retries)
 

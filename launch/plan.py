@@ -28,12 +28,12 @@ SCHEDULE_KEYS = ('steps', 'log_every', 'eval_every', 'save_every', 'keep')
 def show(
     members: Sequence[Member], workdir: pathlib.Path, speed: float | None = None
 ) -> list[float]:
-    """Print what would run and what it would cost; return the FLOPs per step of each member.
+    """Print what would run and what it would cost, and return the FLOPs per step of each member.
 
     Args:
       members: the members of the sweep.
       workdir: directory of the sweep, which need not exist.
-      speed: FLOP/s of one member; if None, it is measured on members that have run.
+      speed: FLOP/s of one member. If None, it is measured on members that have run.
     """
     # Count the FLOPs of each member in all of its training.
     member_costs = count_costs([sweep.parse_config(member.command) for member in members])
@@ -73,7 +73,7 @@ def show(
 
 
 def count_costs(configs: Sequence[ml_collections.ConfigDict]) -> list[costs.Costs]:
-    """Return the cost of a run with each config; configs with equal shapes are traced once.
+    """Return the cost of a run with each config. Configs with equal shapes are traced once.
 
     Raises:
       UserError: if a config is invalid.
@@ -111,7 +111,7 @@ def _shape_key(config: ml_collections.ConfigDict) -> str:
 def measure_speed(
     members: Sequence[Member], member_costs: Sequence[costs.Costs], workdir: pathlib.Path
 ) -> float:
-    """Return the FLOP/s of the members that have run, from timing.jsonl; 0 if there are none."""
+    """Return the FLOP/s of the members that have run, from timing.jsonl, or 0 if there are none."""
     flops = seconds = 0.0
     for member, cost in zip(members, member_costs, strict=True):
         timing = records.read_records(workdir / member.name / 'timing.jsonl', records.TIMING)

@@ -68,7 +68,7 @@ class Population:
       workdir: directory of the sweep.
       members: the members of the sweep, which are the first generation.
       margin, perturb, seed: values of these flags of `launch.pbt`.
-      split: split of the fitness; '' for SPLIT.
+      split: split of the fitness, or '' for SPLIT.
     """
 
     def __init__(
@@ -172,7 +172,7 @@ class Population:
         return f'pbt: {len(comparisons)} comparisons, {copies} copies'
 
     def _measure_fitness(self) -> dict[str, float]:
-        """Return the fitness of each member that has a value and has saved; larger is better."""
+        """Return the fitness of each member with a value and a checkpoint. Larger is better."""
         fitness = {}
         for member in self._members:
             curve = records.read_curve(self.run_dir(member), self._metric, self._split)
@@ -253,13 +253,13 @@ class Population:
 
 
 def list_saved_steps(run_dir: pathlib.Path) -> list[int]:
-    """Return the steps of the checkpoints of a run, newest first."""
+    """Return the steps of a run's checkpoints, newest first."""
     checkpoints = (run_dir / 'checkpoints').glob('*')
     return sorted((int(path.name) for path in checkpoints if path.name.isdigit()), reverse=True)
 
 
 def last_saved_step(run_dir: pathlib.Path) -> int:
-    """Return the step of the newest checkpoint of a run, or 0 if it has none."""
+    """Return the step of a run's newest checkpoint, or 0 if it has none."""
     return next(iter(list_saved_steps(run_dir)), 0)
 
 

@@ -58,7 +58,7 @@ class Process:
         return None
 
     def stop(self) -> None:
-        """Ask the run to save and end; send only one signal, because a second one would kill it."""
+        """Ask the run to save and end. Send only one signal, because a second one would kill it."""
         if not self._is_stopping:
             self._is_stopping = True
             self._send_signal(signal.SIGTERM)
@@ -68,7 +68,7 @@ class Process:
         self._send_signal(signal.SIGKILL)
 
     def wait(self) -> int:
-        """Wait until the run has ended; return its exit code."""
+        """Wait until the run has ended and return its exit code."""
         while (exit_code := self.poll()) is None:
             time.sleep(POLL_INTERVAL)
         return exit_code
@@ -88,7 +88,7 @@ class AdoptedProcess:
         self._is_stopping = False
 
     def poll(self) -> int | None:
-        """Return the exit code implied by the run directory; None while the run is in progress."""
+        """Return the exit code that the run directory implies, or None during the run."""
         if is_locked(self._lock):
             return None
         return {'done': 0, 'preempted': PREEMPTED}.get(read_run_state(self._run_dir).phase, 1)
@@ -104,7 +104,7 @@ class AdoptedProcess:
                 self._is_stopping = True
 
     def wait(self) -> int:
-        """Wait for a run that was asked to stop; return immediately for any other."""
+        """Wait for a run that was asked to stop, and return immediately for any other."""
         while (exit_code := self.poll()) is None:
             if not self._is_stopping:
                 return PREEMPTED
@@ -120,9 +120,9 @@ class ProcessOptions:
       processes: number of processes. If there are several, each one also gets --distributed with
         its index.
       environments: environment variables to add for each process.
-      cores: CPU cores to run on; () for all.
+      cores: CPU cores to run on, or () for all.
       slot: the slot that the run occupies, for `read_slot` in a later launcher.
-      cwd: working directory; None for the current one.
+      cwd: working directory, or None for the current one.
       lock_name: name of the lock file. Processes of a run that are started separately need
         different names.
     """
@@ -189,7 +189,7 @@ def _kill_on_error(started: list[subprocess.Popen[bytes]]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _pin_to_cores(cores: Collection[int]) -> Iterator[None]:
-    """Pin processes that are started in the block to these cores; do nothing on macOS.
+    """Pin processes that are started in the block to these cores, except on macOS.
 
     The processes inherit the cores of the thread that starts them. It is not safe to set the cores
     in the child with `preexec_fn` if the parent has threads.
@@ -208,7 +208,7 @@ def _pin_to_cores(cores: Collection[int]) -> Iterator[None]:
 def run(
     path: str, command: list[str], cwd: str, address: str = '', processes: int = 1, index: int = 0
 ) -> int:
-    """Start a run, or one of its processes, and wait for it; return the exit code.
+    """Start a run, or one of its processes. Wait for it and return the exit code.
 
     After an interrupt or a stop mark, the run saves and ends.
 
@@ -276,7 +276,7 @@ def try_lock(lock: IO[str]) -> bool:
 
 
 def read_slot(run_dir: pathlib.Path) -> int:
-    """Return the slot of a run in progress; −1 if it is unknown or on another machine."""
+    """Return the slot of a run in progress, or −1 if it is unknown or on another machine."""
     lock_note = read_object(run_dir / 'launched')
     is_local = lock_note.get('host') == socket.gethostname()
     return int(lock_note.get('slot', -1)) if is_local else -1

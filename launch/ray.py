@@ -1,4 +1,4 @@
-"""Run a sweep on a Ray cluster and write its report; needs the extra `ray`.
+"""Run a sweep on a Ray cluster and write its report. This needs the extra `ray`.
 
     python -m launch.ray --sweep=experiments/lm_fusion.py --workdir=runs/lm_fusion \\
         --address=auto --gpus=1 --cores=8 --retries=1
@@ -35,7 +35,7 @@ ADDRESS = flags.DEFINE_string(
 
 
 def submit(commands: Commands, resources: Resources, rule: Rule | None = None) -> States:
-    """Run members to completion, as many at a time as fit; return the phase of each.
+    """Run members to completion, as many at a time as fit, and return the phase of each.
 
     Raises:
       UserError: if Ray is not installed, the cluster cannot be reached, or this machine has too few
@@ -176,7 +176,7 @@ class ClusterMember:
         ]
 
     def poll(self) -> int | None:
-        """Return the exit code, or None while a task is running; a lost task counts as failed."""
+        """Return the exit code, or None while a task is running. A lost task counts as failed."""
         import ray
 
         num_tasks = len(self.tasks)

@@ -108,7 +108,7 @@ def read_stamp(file: pathlib.Path) -> FileStamp | None:
 
 
 def read_records(file: pathlib.Path, fields: Fields, tail: int = TAIL) -> list[Record]:
-    """Return the records in the last `tail` bytes of a file; for `fields`, see `RecordReader`."""
+    """Return the records in the last `tail` bytes of a file. For `fields`, see `RecordReader`."""
     return RecordReader(file, fields, tail).read()[0]
 
 
@@ -118,7 +118,7 @@ def read_curve(run_dir: pathlib.Path, metric: str, split: str) -> dict[int, floa
 
 
 def append_record(file: pathlib.Path, record: Mapping[str, Any]) -> None:
-    """Append a record to a file that only this process writes; remove an unfinished last line."""
+    """Append a record to a file that only this process writes, after any unfinished line is cut."""
     with open(file, 'ab') as stream:
         stream.truncate(complete_size(file))
         stream.write(json.dumps(record).encode() + b'\n')

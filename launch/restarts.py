@@ -29,7 +29,7 @@ PREEMPTED = 143  # as in mi.training.run_dir, which imports JAX
 
 
 def note_stop(run_dir: pathlib.Path, process: int = 0) -> bool:
-    """Store the progress of a run that exited with 143; return whether to restart it.
+    """Store the progress of a run that exited with 143 and return whether to restart it.
 
     Args:
       run_dir: the run directory.
@@ -64,7 +64,7 @@ def count_failures(run_dir: pathlib.Path, process: int = 0) -> int:
 
 
 def run(run_dir: pathlib.Path, command: Sequence[str], process: int = 0) -> int:
-    """Run a command to completion; return its exit code, or 1 if it is 143 without progress.
+    """Run a command to completion and return its exit code, or 1 if it is 143 without progress.
 
     SIGTERM and SIGINT are passed on, because only the first process of a container receives them.
     """
@@ -113,7 +113,7 @@ def _write_note(run_dir: pathlib.Path, process: int, note: dict[str, Any]) -> No
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run `python -m launch.restarts`; return its exit code."""
+    """Run `python -m launch.restarts` and return its exit code."""
     if not arguments or (len(arguments) > 1 and (arguments[1] != '--' or len(arguments) == 2)):
         print('usage: python -m launch.restarts RUN_DIR [-- COMMAND …]', file=sys.stderr)
         return 2

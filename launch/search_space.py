@@ -53,7 +53,7 @@ class Uniform(Distribution):
 class Integer(Distribution):
     """A uniform distribution over integers in [low, high], or a log-uniform one if `log` is True.
 
-    With `log`, a float that is log-uniform in [low − 1/2, high + 1/2] is rounded.
+    If `log` is True, a float that is log-uniform in [low − 1/2, high + 1/2] is rounded.
     """
 
     low: int
@@ -103,10 +103,10 @@ def log_uniform(low: float, high: float) -> Uniform:
 
 
 def integer(low: int, high: int, *, log: bool = False) -> Integer:
-    """Return the distribution of an integer in [low, high], including both bounds; see `Integer`.
+    """Return the distribution of an integer in [low, high], including both bounds. See `Integer`.
 
     Raises:
-      UserError: unless both are integers with low < high, and 0 < low if `log`.
+      UserError: unless both are integers with low < high, and 0 < low if `log` is True.
     """
     if not (isinstance(low, int) and isinstance(high, int)):
         raise UserError(f'integer({low!r}, {high!r}): expected two integers. Try uniform')

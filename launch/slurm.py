@@ -96,7 +96,7 @@ class Options:
 
 
 def parse_time_limit(limit: str) -> float:
-    """Convert a Slurm time limit to seconds; inf means no limit.
+    """Convert a Slurm time limit to seconds, where inf means no limit.
 
     Slurm accepts MINUTES[:SECONDS], HOURS:MINUTES:SECONDS and DAYS-HOURS[:MINUTES[:SECONDS]].
 
@@ -193,7 +193,7 @@ def write_script(
 
 
 def submit(commands: Commands, resources: Resources) -> States:
-    """Submit the members that are not in the queue; with --wait, wait for them.
+    """Submit the members that are not in the queue. With --wait, wait for them.
 
     Raises:
       UserError: if Slurm is not installed, or rejects the jobs.
@@ -257,7 +257,7 @@ def read_queue() -> set[str]:
 
 
 def run_slurm(*command: str) -> str:
-    """Run a Slurm command; return its output.
+    """Run a Slurm command and return its output.
 
     Raises:
       UserError: if Slurm is not installed, or the command fails.

@@ -1,4 +1,4 @@
-"""The state and progress of the members of a sweep, read from their run directories."""
+"""The state and progress of a sweep's members, read from their run directories."""
 
 import pathlib
 from collections.abc import Sequence
@@ -32,11 +32,11 @@ class MemberState(NamedTuple):
 
     Attributes:
       phase: a phase of `mi.training.run_state.RunState`.
-      step: newest step; 0 if unknown.
-      num_steps: number of steps in the run; 0 if unknown.
+      step: newest step, or 0 if unknown.
+      num_steps: number of steps in the run, or 0 if unknown.
       rate: speed as text, such as '1,200 tokens/s'.
-      seconds_left: time to the last step at the pace of the newest record; None unless the member
-        is running.
+      seconds_left: time to the last step at the pace of the newest record, or None unless the
+        member is running.
       metric: newest value of the sweep's metric, as text.
       reason: why the member failed, died or was stopped.
     """
@@ -55,7 +55,7 @@ def read_member_state(run_dir: pathlib.Path, metric: str = '') -> MemberState:
 
     Args:
       run_dir: run directory of the member, which need not exist.
-      metric: metric to show; '' for the first number of the newest record.
+      metric: metric to show, or '' for the first number of the newest record.
     """
     return StateReader(metric).read(run_dir)
 
@@ -76,7 +76,7 @@ class StateReader:
         self._final_states: dict[pathlib.Path, MemberState] = {}
 
     def read(self, run_dir: pathlib.Path) -> MemberState:
-        """Return the state of a member; its run directory need not exist."""
+        """Return the state of a member, whose run directory need not exist."""
         if run_dir in self._final_states:
             return self._final_states[run_dir]
         if run_dir not in self._members:
@@ -151,7 +151,7 @@ def _format_rates(timing: Record) -> str:
 
 
 class _MetricSummary:
-    """A summary of the newest value of a metric.
+    """A summary of a metric's newest value.
 
     If the metric has no value, the summary says so and shows another metric.
     """

@@ -1,4 +1,4 @@
-"""Show the state and progress of the members of a sweep, for any engine.
+"""Show the state and progress of a sweep's members, for any engine.
 
     python -m launch.status --workdir=runs/quickstart
 

@@ -25,7 +25,7 @@ class Running(Protocol):
         """Return the exit code, or None while the member is running."""
 
     def stop(self) -> None:
-        """Ask the member to save and end; further calls do nothing."""
+        """Ask the member to save and end. Further calls do nothing."""
 
 
 class Members(Protocol):
@@ -41,13 +41,13 @@ class Members(Protocol):
         """Return the command that starts or continues a member."""
 
     def prepare(self, name: str) -> None:
-        """Prepare a member before it starts; its run directory may change."""
+        """Prepare a member before it starts, which may change its run directory."""
 
     def should_stop(self, name: str) -> bool:
         """Return whether a running member must save and end."""
 
     def handle_exit(self, name: str, phase: str, had_to_stop: bool) -> None:
-        """Handle the end of a member; its run directory may change.
+        """Handle the end of a member, which may change its run directory.
 
         Args:
           name: name of the member.
@@ -108,7 +108,7 @@ class SweepMembers:
 def supervise(
     members: Members, places: Places, retries: int, rule: Rule | None = None
 ) -> dict[str, str]:
-    """Run members to completion, several at a time; return name → phase.
+    """Run members to completion, several at a time, and return name → phase.
 
     Args:
       members: the members.

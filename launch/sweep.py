@@ -99,7 +99,7 @@ def load(
     """Read a sweep file and write workdir/sweep.json, which the report reads.
 
     If the directory already holds the sweep, members may be added. Members that have begun must
-    keep their configs; the others may change.
+    keep their configs. The others may change.
 
     Args:
       file: the sweep file.
@@ -135,7 +135,7 @@ def load(
 
 
 def write_description(workdir: pathlib.Path, description: dict[str, Any], *, dry: bool) -> None:
-    """Check the sweep directory, and write sweep.json unless `dry`.
+    """Check the sweep directory, and write sweep.json unless `dry` is True.
 
     Raises:
       UserError: if the directory holds a different sweep, or cannot be written.

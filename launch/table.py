@@ -1,4 +1,4 @@
-"""Terminal tables of the members of a sweep."""
+"""Terminal tables of a sweep's members."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -29,7 +29,7 @@ def build_table(
     Args:
       title: text before the counts.
       states: label → state.
-      max_rows: maximum number of rows, in which long reasons are cut; None for all. The caption
+      max_rows: maximum number of rows, in which long reasons are cut, or None for all. The caption
         counts the other members.
       columns: `COLUMNS` or `SHORT_COLUMNS`.
     """

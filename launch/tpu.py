@@ -23,7 +23,7 @@ class Generation:
     Attributes:
       name: name in the topologies of `mi.estimate`, such as 'v5e' in 'v5e:4x4'.
       machines: machine type → topologies. The last number in a machine type is its number of chips.
-      max_chips: number of chips in the largest slice made of cubes; 0 if `machines` lists all
+      max_chips: number of chips in the largest slice made of cubes, or 0 if `machines` lists all
         topologies.
       devices_per_chip: number of JAX devices per chip.
     """
@@ -107,11 +107,11 @@ def find_slice(kind: str, topology: str, chips_per_host: int = 0, num_hosts: int
     Args:
       kind: a key of `GENERATIONS`.
       topology: a topology such as '4x4'.
-      chips_per_host: number of chips per host; 0 for any number.
-      num_hosts: number of hosts; 0 for any number.
+      chips_per_host: number of chips per host, or 0 for any number.
+      num_hosts: number of hosts, or 0 for any number.
 
     Raises:
-      UserError: if GKE does not offer this slice; the message names the available ones.
+      UserError: if GKE does not offer this slice. The message names the available ones.
     """
     generation = GENERATIONS.get(kind)
     if generation is None:

@@ -1,4 +1,4 @@
-"""A display of the members of a sweep while they are running."""
+"""A display of a sweep's members while they are running."""
 
 import contextlib
 import pathlib

@@ -33,7 +33,7 @@ class EdgeConvolution(nn.Module):
     Attributes:
       kernel: kernel size K.
       features: number of output features.
-      dtype: dtype of the computation; None for the dtype of inputs and parameters.
+      dtype: dtype of the computation, or None for the dtype of inputs and parameters.
     """
 
     kernel: int
@@ -65,7 +65,7 @@ def extract_windows(image: Array, K: int) -> Array:
 
 
 def make_kernel_offsets(heads: int) -> Array:
-    """Return the offsets of the entries of a K × K kernel, [K², 2], where heads = K²."""
+    """Return the offsets of the entries in a K × K kernel, [K², 2], where heads = K²."""
     K = round(heads**0.5)
     row, column = jnp.divmod(jnp.arange(heads), K)
     center = (K - 1) // 2

@@ -82,7 +82,7 @@ class Digits(Problem):
       model: module that maps images to logits.
       settings: section `model` of the config.
       images, labels: the whole data set.
-      train_examples: number of images to train on; all others are held out.
+      train_examples: number of images to train on. All others are held out.
       alphas: values of α at which trained convolutions are converted to self-attention.
     """
 

@@ -222,7 +222,7 @@ class Composition(Problem):
 
 
 def make(config: ml_collections.ConfigDict) -> Composition:
-    """Build the problem that a config describes; a step has `train.batch` examples of every task.
+    """Build the problem that a config describes, with `train.batch` examples per task and step.
 
     Raises:
       UserError: if the number of modules is odd, if contexts are learned for drawn coefficients, or

@@ -1,4 +1,4 @@
-"""Command line of the compression experiment; see experiments.compression.run.
+"""Command line of the compression experiment. See experiments.compression.run.
 
 python -m experiments.compression --workdir=RUN --out=DIRECTORY [--ranks=1,2,4] [--form=cp]
     [--steps=300] [--calibration=4096] [--config.KEY=VALUE …]
@@ -48,7 +48,7 @@ def main(argv: Sequence[str], changes: Sequence[overrides.Override]) -> None:
 
 
 def start() -> None:
-    """Parse the command line and run; a UserError is printed on one line, with exit code 1."""
+    """Parse the command line and run. A UserError is printed on one line, with exit code 1."""
     changes: list[overrides.Override] = []
 
     def parse(argv: list[str]) -> list[str]:

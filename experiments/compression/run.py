@@ -62,7 +62,7 @@ class Settings(NamedTuple):
       out: directory for the runs of this experiment.
       form: compressed form of the layers.
       steps: number of steps of the fine-tuning.
-      calibration: number of inputs at which outputs are fitted; 0 to approximate W itself.
+      calibration: number of inputs at which outputs are fitted, or 0 to approximate W itself.
       changes: config overrides for the fine-tuning.
     """
 
@@ -149,7 +149,7 @@ def describe_cost(settings: Settings, rank: float) -> tuple[int, float]:
 
 
 def write_report(settings: Settings, values: Values, metric: tuple[str, str]) -> pathlib.Path:
-    """Write the figure, and the table as CSV and Markdown; return their directory."""
+    """Write the figure, and the table as CSV and Markdown, and return their directory."""
     report_path = settings.out / 'report'
     report_path.mkdir(parents=True, exist_ok=True)
     header = ['rank', 'parameters', 'error', *ARMS, FULL]

@@ -100,7 +100,7 @@ class Target(NamedTuple):
     Attributes:
       name: a key of STATEMENTS or METRICS.
       dimension: size of x and z, d.
-      branches: number of branches K of a statement; 0 for a metric.
+      branches: number of branches K of a statement, or 0 for a metric.
     """
 
     name: str
@@ -178,7 +178,7 @@ class Functions(Problem):
         return jax.vmap(lambda key: self.model.init(key, zeros, zeros))(keys)
 
     def model_params(self, params: Params) -> Params:
-        """Return the shapes of the parameters of one network, which all networks share."""
+        """Return the parameter shapes of one network. All networks share them."""
         return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), params)
 
     def predict(self, params: Params, x: Array, z: Array) -> Array:

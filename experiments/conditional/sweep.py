@@ -236,7 +236,7 @@ def _format_error(errors: Errors | None, name: str) -> str:
 
 
 def _format_ratios(errors: Errors, baseline: Errors, name: str) -> str:
-    """Format the ratio to the baseline in each set of seeds; the baseline itself has a dash."""
+    """Format the ratio to the baseline in each set of seeds, or a dash for the baseline itself."""
     if not errors or errors is baseline:
         return tables.NONE
     cells = []

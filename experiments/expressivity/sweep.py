@@ -111,7 +111,7 @@ def read_smallest_parameters(arm: runs.Arm) -> dict[int, dict[int, float]]:
     """Read the parameter count of the smallest network that reached the target error.
 
     Returns:
-      {dimension: {seed: count}}; the count is ∞ if no network of the seed reached the error.
+      {dimension: {seed: count}}, where the count is ∞ if no network of the seed reached the error.
     """
     smallest = {}
     for dimension in arm.config['search']['at']:

@@ -86,7 +86,7 @@ def format_mean(values: Mapping[int, float], label: str, digits: int = 3) -> str
 def compute_agreement(
     values: Mapping[str, Mapping[int, float]], draws: Sequence[Sequence[int]]
 ) -> float | None:
-    """Compute Kendall's τ between the rankings of arms by two sets of seeds; None if undefined.
+    """Compute Kendall's τ between the rankings of arms by two sets of seeds, or None if undefined.
 
     Args:
       values: {arm: {seed: value}}. Arms with missing seeds or non-finite values are ignored.
@@ -107,5 +107,5 @@ def compute_agreement(
 
 
 def _is_finite(values: Mapping[int, float]) -> bool:
-    """Return whether there are values and all are finite; a mean of the rest would be biased."""
+    """Return whether there are values and all are finite. A mean of the rest would be biased."""
     return bool(values) and bool(np.isfinite(list(values.values())).all())

@@ -26,7 +26,7 @@ class Style(NamedTuple):
 
 
 def load_artifacts(workdir: pathlib.Path, label: str) -> dict[str, np.ndarray]:
-    """Load the artifacts of an arm, with all seeds concatenated; return {} if there are none."""
+    """Load the artifacts of an arm, with all seeds concatenated, or return {} if there are none."""
     members = json.loads((workdir / 'sweep.json').read_text())['members']
     run_dirs = [workdir / member['name'] for member in members if member['label'] == label]
     paths = [run_dir / 'artefacts.npz' for run_dir in run_dirs]
@@ -110,7 +110,7 @@ def tabulate_scores(
 
 
 def _format_score(arm: Arm, law: str, score: str, split: str) -> str:
-    """Format the geometric mean of a score; for a drift, over the seeds that move."""
+    """Format the geometric mean of a score, which for a drift is over the seeds that move."""
     values = arm.finite_values(score, split)
     if not values:
         return tables.NONE

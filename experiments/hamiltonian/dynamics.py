@@ -105,7 +105,7 @@ def init_params(law: Law, key: PRNGKey, degrees: int) -> Params:
 
 
 def costs(law: Law, degrees: int) -> Costs:
-    """Count costs like `network.costs`, with the FLOPs of one evaluation of the velocity field."""
+    """Count costs like `network.costs`, with the FLOPs to evaluate the velocity field once."""
     vector = jax.ShapeDtypeStruct((degrees,), jnp.float32)
     law_costs = network.costs(law, vector, vector)
     params = jax.eval_shape(law.init, jax.random.key(0), vector, vector)

@@ -44,7 +44,7 @@ SCHEMA: dict[str, Rule] = {
 
 @dataclasses.dataclass(frozen=True)
 class PhaseSpace(Problem):
-    """The problem of learning a law from states; each seed draws a training set [states, d].
+    """The problem of learning a law from states. Each seed draws a training set [states, d].
 
     Attributes:
       system: system whose motion is learned.

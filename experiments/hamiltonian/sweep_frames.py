@@ -149,7 +149,7 @@ def _write_gif(path: pathlib.Path, films: dict[str, np.ndarray], time: float) ->
 
 
 def _tile(films: dict[str, np.ndarray], horizon: int) -> tuple[np.ndarray, int]:
-    """Tile the frames at HORIZONS, one row per film; also return the frame size with its margin."""
+    """Return the frames at HORIZONS, one row per film, and the frame size with its margin."""
     margin = 2
     padding = ((margin, margin), (margin, margin), (0, 0))
     times = [num_horizons * horizon for num_horizons in HORIZONS]

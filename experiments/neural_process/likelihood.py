@@ -22,7 +22,7 @@ class Gaussian(NamedTuple):
 
 
 def draw_gaussian(key: PRNGKey, gaussian: Gaussian) -> Array:
-    """Draw from independent Gaussians [...]; gradients pass through the draw."""
+    """Draw from independent Gaussians [...], with gradients through the draw."""
     return gaussian.mean + gaussian.std * jax.random.normal(key, gaussian.mean.shape)
 
 

@@ -48,7 +48,7 @@ class Points(NamedTuple):
 
 
 def average_points(representations: Array, mask: Array) -> Array:
-    """Average [..., N, m] over the points in the mask [..., N]; the mean of no points is 0."""
+    """Average [..., N, m] over the points in the mask [..., N]. The mean of no points is 0."""
     weights = mask / jnp.maximum(mask.sum(-1, keepdims=True), 1)
     return jnp.sum(weights[..., None] * jnp.where(mask[..., None], representations, 0), -2)
 
@@ -77,7 +77,7 @@ class PointEncoder(nn.Module):
     Attributes:
       features: number of features m.
       width, depth: width and depth of the MLP.
-      heads: number of heads of self-attention between the points; 0 for no self-attention.
+      heads: number of heads of self-attention between the points, or 0 for no self-attention.
     """
 
     features: int
@@ -129,7 +129,7 @@ class LatentEncoder(nn.Module):
     """The encoder of q(z | points), with σ between 0.1 and 1, as in Kim et al. (2019).
 
     Attributes:
-      point_encoder: encoder of single points; a hidden layer follows the mean of its outputs.
+      point_encoder: encoder of single points. A hidden layer follows the mean of its outputs.
       features: number of latent features m.
     """
 
@@ -146,14 +146,14 @@ class LatentEncoder(nn.Module):
 
 
 class NeuralProcess(nn.Module):
-    """A neural process; see the docstring of this module.
+    """A neural process. See the docstring of this module.
 
     Attributes:
       decoder: module that maps x [..., T, 1] and a context [..., T or 1, m or 2m] to [..., T, 2].
       paths: a name in PATHS.
       features: number of features m of r and of z.
       encoder_width, encoder_depth: width and depth of the MLPs in the encoders.
-      self_attention, cross_attention: number of heads; 0 for no attention.
+      self_attention, cross_attention: number of heads, or 0 for no attention.
       min_std: minimum standard deviation σ_min.
     """
 
@@ -186,12 +186,12 @@ class NeuralProcess(nn.Module):
         return self.decode(self.represent(points, targets), z, targets)
 
     def infer(self, points: Points) -> Gaussian:
-        """Compute q(z | points), [..., m]; the deterministic path has no latent."""
+        """Compute q(z | points), [..., m]. The deterministic path has no latent."""
         latent: Gaussian = self.latent_encoder(points)
         return latent
 
     def represent(self, points: Points, targets: Array) -> Array | None:
-        """Compute r [..., T or 1, m]; return None on the latent path."""
+        """Compute r [..., T or 1, m], or return None on the latent path."""
         if self.paths == 'latent':
             return None
         representations = self.encoder(points)

@@ -130,7 +130,7 @@ class Regression(Problem):
         return self.infer(params, context), self.infer(params, joined)
 
     def represent(self, params: Params, context: Points, x: Array) -> Array | None:
-        """Compute r [F, T or 1, m] for targets at x [F, T]; return None on the latent path."""
+        """Compute r [F, T or 1, m] for targets at x [F, T], or return None on the latent path."""
         r: Array | None = self.model.apply(params, context, x, method='represent')
         return r
 
@@ -231,7 +231,7 @@ class Regression(Problem):
         }
 
     def _split_families(self, scores: Scores) -> dict[str, Scores]:
-        """Split scores [contexts, F] of a mixture by family; the families alternate."""
+        """Split scores [contexts, F] of a mixture by family, where families alternate."""
         families = self.distribution.families
         if len(families) == 1:
             return {}

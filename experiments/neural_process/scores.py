@@ -31,7 +31,7 @@ def score_mixture(y: Array, components: Gaussian, log_density: Array) -> Scores:
     Args:
       y: targets [F, T].
       components: Gaussians of the mixture, with equal weights.
-      log_density: joint log-density of all targets of each function [F], or a bound on it.
+      log_density: joint log-density of each function's targets [F], or a bound on it.
     """
     marginal = likelihood.compute_mixture_log_density(y, components)
     error = jnp.square(components.mean.mean(0) - y)

@@ -133,7 +133,7 @@ class Regression(Problem):
 
     Attributes:
       model: module (x, z) → y.
-      encoder: encoder of inferred contexts; None if contexts are not inferred.
+      encoder: encoder of inferred contexts, or None if contexts are not inferred.
       settings: section `problem` of the config.
       transfer: section `transfer` of the config.
       features: number of context features m.
@@ -307,7 +307,7 @@ class Regression(Problem):
 
 
 def make(config: ml_collections.ConfigDict) -> Regression:
-    """Build the problem that a config describes; a step has `train.batch` examples of every task.
+    """Build the problem that a config describes, with `train.batch` examples per task and step.
 
     Raises:
       UserError: if the fusion needs one-hot contexts, but the contexts are not one-hot.

@@ -163,7 +163,7 @@ def _read_known(arms: ArmByKey, fusion: str, context: str) -> dict[float, dict[i
 
 
 def _read_new(arms: ArmByKey, fusion: str, context: str) -> dict[float, dict[int, float]]:
-    """Read the errors on new tasks, {examples: {seed: error}}; all contexts share 'none'."""
+    """Read the errors on new tasks, {examples: {seed: error}}. All contexts share 'none'."""
     arm = arms.get((fusion, 'one_hot' if fusion == 'none' else context, TRANSFER_EXAMPLES))
     if arm is None:
         return {}

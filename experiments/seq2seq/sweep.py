@@ -217,7 +217,7 @@ def get_mixer_name(arm: runs.Arm) -> str:
 
 
 def select_arms(arms: Sequence[runs.Arm], **settings: object) -> list[runs.Arm]:
-    """Select the arms whose model settings match; unspecified settings must have default values.
+    """Select the arms whose model settings match. Unspecified settings must have default values.
 
     A setting of None matches any value, and any mixer matches.
     """

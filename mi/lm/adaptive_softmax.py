@@ -26,8 +26,8 @@ class AdaptiveWords(nn.Module):
         head:     x = √E e_w,      p(w) = p_head(w),                  logits y · o_w + b_w
         tail i:   x = √E e_w P_i,  p(w) = p_head(tail i) · p_i(w),    logits (y P_iᵀ) · o_w + b_w
 
-    The head also has one logit y · t_i + c_i for each tail. With `tied`, o_w = e_w, and input and
-    output share P_i (Baevski & Auli, 2019).
+    The head also has one logit y · t_i + c_i for each tail. If `tied` is True, o_w = e_w, and
+    input and output share P_i (Baevski & Auli, 2019).
 
     The logits of a tail are computed only for tokens in that tail. These tokens are gathered into
     blocks of a fixed size, and empty blocks are skipped. No token is dropped. Under vmap every
@@ -41,7 +41,7 @@ class AdaptiveWords(nn.Module):
       tied: whether input and output share their tables.
       chunk: maximum number of tokens in a block, both for the head and for the tails. 0 puts all
         tokens into one block for the head, and an eighth of them into each block of a tail.
-      dtype: dtype of the products; parameters and losses are f32.
+      dtype: dtype of the products. Parameters and losses are f32.
     """
 
     vocabulary: int
@@ -157,7 +157,8 @@ class AdaptiveWords(nn.Module):
         Args:
           tail: index of the tail, starting at 1.
           y: features [N, E].
-          tail_targets: index of each target within the tail, [N]; −1 for tokens outside the tail.
+          tail_targets: index of each target within the tail, [N], or −1 for tokens outside the
+            tail.
         """
         num_tokens = len(tail_targets)
         block_size = even_size(num_tokens, self.chunk or -(-num_tokens // 8))
@@ -181,7 +182,7 @@ class AdaptiveWords(nn.Module):
 
 
 def _split_blocks(array: Array, block_size: int) -> Array:
-    """Split an array [N, …] into [blocks, size, …]; the last block is padded with row 0."""
+    """Split an array [N, …] into [blocks, size, …]. The last block is padded with row 0."""
     num_blocks = -(-len(array) // block_size)
     row_index = jnp.arange(num_blocks * block_size)
     row_index = jnp.where(row_index < len(array), row_index, 0)

@@ -72,7 +72,7 @@ def _evaluate_dynamically(
     split: str,
     adaptation: dynamic_evaluation.Adaptation,
 ) -> list[Scores]:
-    """Run dynamic evaluation and return its metrics; raise UserError if it diverges."""
+    """Run dynamic evaluation and return its metrics, or raise UserError if it diverges."""
     try:
         return dynamic_evaluation.evaluate(model, params, corpus, split, adaptation)
     except FloatingPointError as error:

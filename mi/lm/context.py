@@ -1,4 +1,4 @@
-"""Sources of the context z_t of a language model, which depends only on tokens before t.
+"""Sources of a language model's context z_t, which depends only on tokens before t.
 
     recurrent   the state of a small LSTM over the embedded tokens
     summary     a decaying mean of the embedded tokens, with one decay for each feature
@@ -41,7 +41,7 @@ class RecurrentContext(nn.Module):
         return next_carry, previous(carry[1], hidden)
 
     def initial(self, batch: int) -> cells.Carry:
-        """Return the initial state, which is zero."""
+        """Return the all-zero initial state."""
         return cells.initial_carry(batch, self.features)
 
 
@@ -56,7 +56,7 @@ class Summary(nn.Module):
     Attributes:
       features: m.
       longest: largest initial time constant τ, in steps.
-      dtype: dtype of the product; the sums are f32.
+      dtype: dtype of the product. The sums are f32.
     """
 
     features: int
@@ -84,7 +84,7 @@ class Summary(nn.Module):
         return states[-1], previous(carry, states).astype(self.dtype)
 
     def initial(self, batch: int) -> Array:
-        """Return the initial state, which is zero."""
+        """Return the all-zero initial state."""
         return jnp.zeros((batch, self.features))
 
 

@@ -56,7 +56,7 @@ class Segments(NamedTuple):
       inputs: ids of the inputs.
       targets: ids of the next tokens.
       mask: 1 for targets that are scored, 0 for padding.
-      domains: domain of each input; None for a model that does not use domains.
+      domains: domain of each input, or None for a model that does not use domains.
     """
 
     inputs: chex.Array
@@ -196,7 +196,7 @@ def _compile_programs(
 
 
 def _init_state(model: LanguageModel, seeded: tuple[Params], shared: None) -> tuple[Carry, Params]:
-    """Return the carry before the first token, and the initial Σ g², which is zero."""
+    """Return the carry before the first token, and zeros for Σ g²."""
     (params,) = seeded
     return model.initial_carry(1), jax.tree.map(jnp.zeros_like, params)
 

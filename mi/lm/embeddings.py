@@ -20,7 +20,7 @@ class Words(nn.Module):
       features: E.
       tied: whether the output embedding is the input embedding (Press & Wolf, 2017).
       objective: options of the loss.
-      dtype: dtype of the products; parameters, logits and losses are f32.
+      dtype: dtype of the products. Parameters, logits and losses are f32.
     """
 
     vocabulary: int

@@ -38,7 +38,7 @@ class Reading(NamedTuple):
     Attributes:
       batch: number of parts or windows that are read in parallel.
       length: number of tokens in a segment or a window.
-      stride: number of tokens by which a window advances; 0 to carry state between segments.
+      stride: number of tokens by which a window advances, or 0 to carry state between segments.
     """
 
     batch: int
@@ -52,7 +52,7 @@ class Excerpt(NamedTuple):
     Attributes:
       corpus: the corpus.
       split: 'valid' or 'test'.
-      num_tokens: number of tokens from the start of the text; 0 for all.
+      num_tokens: number of tokens from the start of the text, or 0 for all.
     """
 
     corpus: Corpus
@@ -124,7 +124,7 @@ def evaluate(
       excerpt: the text.
       reading: protocol by which the text is read.
       mesh: mesh of devices, which divide the seeds and the batch.
-      check: function called before each segment; it may raise an exception to end the evaluation.
+      check: function called before each segment. It may raise an exception to end the evaluation.
 
     Returns:
       The metrics of each seed: nats_per_token, perplexity, bits_per_byte (None if the tokens do not
@@ -180,7 +180,7 @@ def compile_segment(
 
     Args:
       model: the model.
-      params: shapes and shardings of the parameters of all seeds.
+      params: shapes and shardings of the parameters for all seeds.
       reading: protocol by which the text is read.
       has_domains: whether the model uses the domain of each token.
       mesh: mesh of devices.
@@ -225,7 +225,7 @@ def _read_pieces(tokens: np.ndarray, batch: int, reading: Reading) -> Iterator[s
 def compute_metrics(
     nats_per_token: float, corpus: Corpus, split: str, protocol: Mapping[str, Any]
 ) -> Scores:
-    """Compute metrics from the mean loss of the first tokens of a split.
+    """Compute metrics from the mean loss on the first tokens of a split.
 
     Bits per byte only count the bytes of the predicted tokens, because an excerpt and the whole
     text differ in bytes per token.

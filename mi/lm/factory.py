@@ -168,7 +168,7 @@ def configure_sampling(model: LanguageModel, config: ml_collections.ConfigDict) 
 def compute_costs(
     config: ml_collections.ConfigDict, vocabulary: int, num_domains: int = 0
 ) -> dict[str, dict[str, int]]:
-    """Count the parameters and the forward FLOPs per token of the model and of its fusions.
+    """Count parameters and forward FLOPs per token, for the model and for its fusions.
 
     FLOPs count only matrix products.
     """

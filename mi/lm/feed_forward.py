@@ -24,7 +24,7 @@ class FeedForward(nn.Module):
     Attributes:
       hidden: number of features of f.
       activation: name of an activation in ACTIVATIONS.
-      fusion: constructor of f; None for an affine map of x.
+      fusion: constructor of f, or None for an affine map of x.
       dtype: dtype of the products.
     """
 
@@ -35,7 +35,7 @@ class FeedForward(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, z: Array | None) -> Array:
-        """Map x [..., n] and z [..., m] to y [..., n]; z is only used by a fusion."""
+        """Map x [..., n] and z [..., m] to y [..., n], where only a fusion uses z."""
         if self.fusion is None:
             hidden = Affine(self.hidden, self.dtype, name='hidden')(x)
         else:

@@ -32,8 +32,9 @@ class Objective(NamedTuple):
     Attributes:
       label_smoothing: weight s of label smoothing.
       z_loss: weight w of the z-loss.
-      chunk: maximum number of tokens whose logits are in memory simultaneously; 0 for all tokens.
-        With chunks, the backward pass recomputes the logits at the cost of one more product.
+      chunk: maximum number of tokens whose logits are in memory simultaneously, or 0 for all
+        tokens. With chunks, the backward pass recomputes the logits at the cost of one more
+        product.
     """
 
     label_smoothing: float = 0.0

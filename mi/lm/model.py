@@ -54,12 +54,12 @@ class LanguageModel(nn.Module):
     Attributes:
       words: constructor of `Words` or `AdaptiveWords`, the embedding of E features and the softmax.
       core: constructor of `Recurrent` or `Transformer`.
-      site: position of the fusion; 'none' for a plain model.
+      site: position of the fusion, or 'none' for a plain model.
       source: source of the context, as in `mi.lm.context`.
-      context: m; 0 for no context, which the fusion 'none' requires.
+      context: m, or 0 for no context, which the fusion 'none' requires.
       fusion: constructor of a module (x, z) → y, one of `mi.fusion.FUSIONS`.
       rates: dropout rates.
-      dtype: dtype of the products; parameters, state and logits are f32.
+      dtype: dtype of the products. Parameters, state and logits are f32.
     """
 
     words: Callable[..., Words | AdaptiveWords]
@@ -85,7 +85,7 @@ class LanguageModel(nn.Module):
         Args:
           carry: carry from `initial_carry`, or from the call on the preceding tokens.
           tokens: ids [T, B].
-          targets: ids of the tokens to predict, [T, B]; None to return logits instead of losses.
+          targets: ids of the tokens to predict, [T, B], or None to return logits instead of losses.
           domains: domain of each token, [T, B], for the source 'domain'.
           train: whether to apply dropout, which requires the rngs 'dropout' and 'state'.
 
@@ -108,7 +108,7 @@ class LanguageModel(nn.Module):
         return carry, words.logits(y) if targets is None else words.losses(y, targets)
 
     def initial_carry(self, batch: int) -> Carry:
-        """Return the initial state, which is zero."""
+        """Return the all-zero initial carry."""
         carry: Carry = {'core': self._make_core(parent=None).initial(batch)}
         if self._has_context and self.source in NETWORKS:
             carry['context'] = NETWORKS[self.source](self.context, parent=None).initial(batch)
@@ -122,7 +122,7 @@ class LanguageModel(nn.Module):
 
     @property
     def memory(self) -> int | None:
-        """The number of tokens in a Transformer's memory; None for other cores."""
+        """The number of tokens in a Transformer's memory, or None for other cores."""
         return getattr(self._make_core(parent=None), 'memory', None)
 
     @property
@@ -178,7 +178,7 @@ class LanguageModel(nn.Module):
     def _compute_context(
         self, carry: Carry, x: Array, domains: Array | None
     ) -> tuple[Carry, Array | None]:
-        """Compute the carry of the context network, and z; z is None for the source 'state'."""
+        """Compute the carry of the context network, and z, which is None for the source 'state'."""
         if not self._has_context:
             return {}, jnp.zeros((1, x.shape[1], 0), self.dtype)
         if self.source == 'domain':

@@ -33,9 +33,9 @@ class Recurrent(nn.Module):
       layers: L, the number of layers.
       cell: constructor of a cell, one of `mi.cells.CELLS`.
       hidden: number of hidden features of the feed-forward layers.
-      site: position of the fusion, from the list above; any other value for no fusion here.
+      site: position of the fusion, from the list above, or any other value for no fusion here.
       fusion: constructor of a module (x, z) → y.
-      context: m if this module computes the context; 0 otherwise.
+      context: m if this module computes the context, or 0 otherwise.
       rates: dropout rates.
       dtype: dtype of the products.
     """
@@ -89,7 +89,7 @@ class Recurrent(nn.Module):
         return next_carry, x, z
 
     def initial(self, batch: int) -> Carry:
-        """Return the initial states, which are zero."""
+        """Return the all-zero initial states."""
         return [self.cell(self.features, parent=None).initial(batch) for _ in range(self.layers)]
 
     def _fuse(self, name: str, x: Array, z: Array | None) -> Array:

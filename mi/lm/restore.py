@@ -25,7 +25,7 @@ class Trained(NamedTuple):
     Attributes:
       config: config of the run, with the requested values of the sections in OVERRIDABLE.
       corpus: the corpus on which the model was trained.
-      params: parameters to evaluate, for all seeds, [S, …]; see `mi.training.averaging`.
+      params: parameters to evaluate, for all seeds, [S, …]. See `mi.training.averaging`.
       step: number of updates.
       mesh: mesh of devices that hold the parameters.
     """

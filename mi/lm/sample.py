@@ -29,7 +29,7 @@ class Decoding(NamedTuple):
 
     Attributes:
       num_tokens: number of tokens in a text.
-      temperature: divisor of the logits; 0 always selects the most likely token.
+      temperature: divisor of the logits, or 0 to always select the most likely token.
       top_p: total probability of the nucleus, the smallest set of most likely tokens from which
         tokens are drawn (Holtzman et al., 2020).
       num_texts: number of texts per seed. The random keys of a text depend only on its index.
@@ -95,7 +95,7 @@ def generate_all(
       prompt: ids [P], at least one.
       seeds: S random seeds.
       decoding: sampling options.
-      devices: devices to use; None for the local devices of this process.
+      devices: devices to use, or None for the local devices of this process.
 
     Returns:
       The tokens that follow the prompt, [S, texts, tokens].
@@ -182,7 +182,7 @@ def generate(
 
 
 def draw(logits: Array, key: PRNGKey, temperature: float | Array, top_p: float | Array) -> Array:
-    """Draw a token from logits [V]; see `Decoding`."""
+    """Draw a token from logits [V]. See `Decoding`."""
     scaled = logits / jnp.maximum(temperature, 1e-6)
     sorted_logits = jnp.sort(scaled)[::-1]
     probabilities = jax.nn.softmax(sorted_logits)

@@ -32,12 +32,12 @@ from mi.training import (
 def train(
     config: ml_collections.ConfigDict, workdir: str, profile: run_dir.Steps | None = None
 ) -> None:
-    """Train and evaluate a model; resume the run if the directory already has one.
+    """Train and evaluate a model, resuming the run if the directory already has one.
 
     Args:
       config: config of the run.
       workdir: run directory.
-      profile: first and last step to record with the profiler; None for no profile.
+      profile: first and last step to record with the profiler, or None for no profile.
 
     Raises:
       UserError: if the config, the corpus or the directory is invalid, or if the loss becomes

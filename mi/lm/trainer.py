@@ -32,7 +32,7 @@ Result = TypeVar('Result')  # arrays of one seed, or of all seeds
 
 @flax.struct.dataclass
 class TrainState:
-    """State of training; in a run, every array has a leading axis of seeds.
+    """State of training. In a run, every array has a leading axis of seeds.
 
     Attributes:
       params: parameters of the model.
@@ -54,7 +54,7 @@ def name_parts(train_state: TrainState) -> dict[str, ArrayTree]:
 
 
 class Gradient(NamedTuple):
-    """Gradient of the mean loss of a batch.
+    """Gradient of a batch's mean loss.
 
     Attributes:
       grads: gradients, one array for each parameter.
@@ -115,7 +115,7 @@ class Trainer:
         return sharding.with_shardings(state, shardings)
 
     def batch_shapes(self, seeds: np.ndarray, length: int, mesh: jax.sharding.Mesh) -> Batch:
-        """Return the shapes and shardings of a batch of all seeds, as `jax.ShapeDtypeStruct`s.
+        """Return the shapes and shardings of a batch for all seeds, as `jax.ShapeDtypeStruct`s.
 
         Args:
           seeds: the seeds, int32 [S].
@@ -136,7 +136,7 @@ class Trainer:
     def compute_gradient(
         self, params: Params, carry: Carry, batch: Batch, partition: ArrayTree | None = None
     ) -> Gradient:
-        """Compute the gradient of one seed; a pure function.
+        """Compute the gradient of one seed, as a pure function.
 
         Under `jax.shard_map`, the batch has the rows of this device, and the gradient is averaged
         over all devices that share the batch.
@@ -179,7 +179,7 @@ class Trainer:
         return Gradient(sharding.mean_gradients(grads, partition), mean_over_rows(nats), carry)
 
     def apply_gradient(self, state: TrainState, gradient: Gradient) -> tuple[TrainState, Metrics]:
-        """Update one seed with a gradient; return the new state and the metrics of the update."""
+        """Update one seed with a gradient, and return the new state and the metrics."""
         updates, opt_state = self.optimizer.update(gradient.grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics = {
@@ -189,7 +189,7 @@ class Trainer:
         return TrainState(params, opt_state, gradient.carry), metrics
 
     def step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        """Update one seed on one device; a pure function."""
+        """Update one seed on one device, as a pure function."""
         return self.apply_gradient(state, self.compute_gradient(state.params, state.carry, batch))
 
     def compile(
@@ -205,11 +205,11 @@ class Trainer:
         state is donated.
 
         Args:
-          state: arrays or shapes of the state of all seeds, sharded as in `shapes`.
-          batch: arrays or shapes of a batch of all seeds, sharded as in `batch_shapes`.
+          state: arrays or shapes of the state for all seeds, sharded as in `shapes`.
+          batch: arrays or shapes of a batch for all seeds, sharded as in `batch_shapes`.
           mesh: mesh of devices.
           learning_rates: learning rate of each update, f32 [steps], which becomes a third argument
-            of the program; None for the learning rates of the optimizer's schedule.
+            of the program, or None for the learning rates of the optimizer's schedule.
         """
         # Where each array of the state, the batch and the gradient is placed.
         state_specs = sharding.partition_specs(state)
@@ -289,7 +289,7 @@ def _accumulate(
 
 
 def _split_rows(tree: ArrayTree, num_parts: int, axis: int) -> ArrayTree:
-    """Split arrays […, B, …] into [parts, …, B / parts, …]; row i goes to part i % parts."""
+    """Split arrays […, B, …] into [parts, …, B / parts, …], where row i goes to part i % parts."""
 
     def split(array: Array) -> Array:
         row_parts = array.reshape(*array.shape[:axis], -1, num_parts, *array.shape[axis + 1 :])
@@ -299,7 +299,7 @@ def _split_rows(tree: ArrayTree, num_parts: int, axis: int) -> ArrayTree:
 
 
 def _map_seeds(function: Callable[..., Result], *args: ArrayTree) -> Result:
-    """Apply a function to each seed; a single seed avoids vmap, whose products are slower."""
+    """Apply a function to each seed. A single seed avoids vmap, whose products are slower."""
     if len(jax.tree.leaves(args)[0]) > 1:
         return jax.vmap(function)(*args)
     result = function(*jax.tree.map(lambda a: a[0], args))

@@ -18,7 +18,7 @@ Carry = dict[str, Array]  # the memory: 'inputs' [B, M, L, H], 'filled' [B]; {} 
 
 @dataclasses.dataclass(frozen=True)
 class BlockConfig:
-    """Options of a block; see the fields of the same names in `Transformer`."""
+    """Options of a block. See the fields of the same names in `Transformer`."""
 
     heads: int
     kv_heads: int | None
@@ -54,19 +54,19 @@ class Transformer(nn.Module):
     Attributes:
       features: H, the number of features.
       layers: L, the number of blocks.
-      heads, kv_heads: number of attention heads, see `mi.motifs.attention.Attention`; kv_heads is
+      heads, kv_heads: number of attention heads, see `mi.motifs.attention.Attention`. kv_heads is
         None for the same number as heads.
       hidden: number of hidden features of the feed-forward layers.
       activation: activation of the feed-forward layers: 'swiglu', 'relu' or 'gelu'.
       positions: 'rotary' or 'relative'.
       memory: M, the size of the memory in tokens.
-      site: position of the fusion, from the list above; any other value for no fusion here.
+      site: position of the fusion, from the list above, or any other value for no fusion here.
       fusion: constructor of a module (x, z) → y.
       rates: dropout rates.
       remat: whether the backward pass recomputes the activations of each block.
       decode: whether a call continues the tokens in the collection 'cache', see `Attention`. If so,
         the memory is not used.
-      dtype: dtype of the products; the memory is f32.
+      dtype: dtype of the products. The memory is f32.
     """
 
     features: int
@@ -208,7 +208,7 @@ class _Block(nn.Module):
 
 
 def _normalize(config: BlockConfig, name: str, x: Array, z: Array | None) -> Array:
-    """Normalize x; at the site 'norm', also fuse the result with z."""
+    """Normalize x, and at the site 'norm' fuse the result with z."""
     if config.site != 'norm':
         return nn.RMSNorm(dtype=config.dtype, name=name)(x)
     assert config.fusion is not None

@@ -42,7 +42,7 @@ def write(
 
     Args:
       workdir: sweep directory or run directory, whose runs may still be in progress.
-      out: output directory; WORKDIR/report by default.
+      out: output directory. Defaults to WORKDIR/report.
 
     Returns:
       The paths of the written files.

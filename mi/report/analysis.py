@@ -14,10 +14,10 @@ from mi.report.statistics import Estimate, SignFlipTest
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """Robust statistics of the final scores of one arm.
+    """Robust statistics of one arm's final scores.
 
     Attributes:
-      tasks: names of the tasks; empty if there is only one score per seed.
+      tasks: names of the tasks, empty if there is only one score per seed.
       scores: final scores [seeds, tasks].
       has_separate_runs: whether each task has separate runs, which determines how to resample.
       median, iqm: estimates of `statistics.median` and `statistics.iqm`.
@@ -34,11 +34,11 @@ class Summary:
 
 @dataclasses.dataclass(frozen=True)
 class ArmResult:
-    """Results of one arm, which form a row of the table; missing results are None.
+    """Results of one arm, which form a row of the table. Missing results are None.
 
     Attributes:
       arm: the arm.
-      final: final value of the compared metric for each seed; empty without final records.
+      final: final value of the compared metric for each seed, empty without final records.
       metric: mean of the metric over seeds.
       difference: difference from the baseline, paired by seed.
       test: test of the difference, corrected for the number of arms.
@@ -66,7 +66,7 @@ class ArmResult:
 
     @property
     def task_summary(self) -> Summary | None:
-        """The summary if it covers several tasks; None otherwise."""
+        """The summary if it covers several tasks, or None otherwise."""
         return self.summary if self.summary is not None and self.summary.tasks else None
 
 

@@ -16,13 +16,13 @@ class Arm:
 
     Attributes:
       label: name of the arm in tables and figures, unique in a sweep.
-      state: phase of the run, see `mi.training.run_state`; 'waiting' without a run directory.
+      state: phase of the run, see `mi.training.run_state`, or 'waiting' without a run directory.
       reason: reason why the run failed, died, was stopped or is waiting.
       seeds: all seeds in the config, whether they have finished or not.
       overrides: config changes that sweep.json declares, {dotted key: value}.
-      config, cost, status: contents of the JSON files; empty if a file is missing.
+      config, cost, status: contents of the JSON files, empty if a file is missing.
       metrics, timing: records in file order.
-      tasks: tasks of the runs if each run learned one task; empty if each agent learns all tasks.
+      tasks: tasks of the runs if each run learned one task, empty if each agent learns all tasks.
       environments: known versions, commit and device of each run at its last start, and 'data', the
         hash of its tokens.
     """
@@ -54,7 +54,7 @@ class Arm:
         return [name for name in names if name not in ('step', 'seed')]
 
     def values_by_seed(self, metric: str, split: str) -> dict[int, dict[int, float]]:
-        """Return {seed: {step: value}} with sorted keys; the last record of a repeated step counts.
+        """Return {seed: {step: value}} with sorted keys. The last record of a repeated step counts.
 
         Runs write null for non-finite values. These become NaN here, because a seed that diverged
         would otherwise be scored by its last finite value.
@@ -100,7 +100,7 @@ class Arm:
         Args:
           metric: prefix of the metrics.
           split: split of the records.
-          step: step of the records; None for the final values.
+          step: step of the records, or None for the final values.
         """
         # The columns are the metrics of single tasks; the rows are the seeds that have all of them.
         prefix = f'{metric}/'
@@ -157,7 +157,7 @@ class Arm:
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-    """A comparison of arms; a single run is a sweep of one arm without a baseline.
+    """A comparison of arms. A single run is a sweep of one arm without a baseline.
 
     Attributes:
       path: sweep directory.
@@ -166,12 +166,12 @@ class Sweep:
         may be 'package.module:function', a metric that the reader has added to the records.
       curves: split of the learning curves.
       lower_is_better: direction of the metric.
-      baseline: label of the arm with which the others are compared; None if there is none.
+      baseline: label of the arm with which the others are compared, or None if there is none.
       arms: the arms, in the order of sweep.json.
       notes: remarks by the author of the sweep.
       command: command that launched the sweep.
       warnings: messages about skipped content, one line each.
-      seed_sets: sets of two or more seeds with which every arm was trained, one run per set; empty
+      seed_sets: sets of two or more seeds with which every arm was trained, one run per set, empty
         unless there are several sets.
       problems: keys of overrides. Arms that differ in one of them learn different problems and are
         not ranked together.
@@ -192,7 +192,7 @@ class Sweep:
     problems: tuple[str, ...] = ()
 
     def group_by_problem(self) -> dict[str, list[Arm]]:
-        """Group the arms by problem, in order; a single problem has the name ''."""
+        """Group the arms by problem, in order, where a single problem has the name ''."""
         groups: dict[str, list[Arm]] = {}
         for arm in self.arms:
             problem = ', '.join(

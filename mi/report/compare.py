@@ -23,7 +23,7 @@ class ArmComparison:
 
     Attributes:
       label: label of the arm.
-      baseline, candidate: results of the arm in the two sweeps; None if a sweep lacks the arm.
+      baseline, candidate: results of the arm in the two sweeps, or None if a sweep lacks the arm.
       difference: candidate − baseline, paired by seed.
       test: test of the difference, corrected for the number of arms that are not equal.
       verdict: 'better', 'worse' or 'no difference seen'; 'equal' if every seed has the same bits;
@@ -54,7 +54,7 @@ def compare_sweeps(
 
     Args:
       baseline, candidate: sweep or run directories.
-      out: directory of compare.md; CANDIDATE/report by default.
+      out: directory of compare.md. Defaults to CANDIDATE/report.
 
     Raises:
       UserError: if a sweep cannot be read, if the sweeps measure different things, or if `out` is
@@ -141,7 +141,7 @@ def is_worse(comparison: ArmComparison) -> bool:
 
 
 def explain_missing_verdict(comparison: ArmComparison) -> str:
-    """Explain why there is no verdict although both sweeps have values; return '' otherwise."""
+    """Explain why there is no verdict although both sweeps have values, or return '' otherwise."""
     if comparison.verdict or not (
         comparison.baseline and comparison.candidate and comparison.baseline.metric
     ):

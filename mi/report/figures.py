@@ -43,7 +43,7 @@ def web_styles(sweep: Sweep) -> list[tuple[str, str]]:
 
 
 def _arm_styles(sweep: Sweep) -> list[Style]:
-    """Return the style of each arm, which all figures share; the baseline is grey."""
+    """Return the style of each arm, which all figures share. The baseline is grey."""
     labels = [arm.label for arm in sweep.arms if arm.label != sweep.baseline]
     styles = {label: plots.make_style(arm_index) for arm_index, label in enumerate(labels)}
     return [styles.get(arm.label, Style(GREY, '-', 'o')) for arm in sweep.arms]
@@ -208,7 +208,7 @@ def _draw_finals(sweep: Sweep, results: list[ArmResult]) -> Figure:
 
 
 def list_costs(sweep: Sweep, result: ArmResult) -> dict[str, float | None]:
-    """Return the costs of an arm by the keys of COSTS; all are None if it is not comparable."""
+    """Return the costs of an arm by the keys of COSTS. All are None if it is not comparable."""
     if not sweep.is_comparable(result.arm):
         return dict.fromkeys(COSTS)
     return {

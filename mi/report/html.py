@@ -27,7 +27,7 @@ def render_page(sweep: Sweep, results: list[ArmResult], notes: list[str]) -> str
 
     Args:
       sweep: the sweep.
-      results: results of the arms of the sweep.
+      results: results of the sweep's arms.
       notes: notes to show below the table.
     """
     # The sections of the page; the warning about too few seeds moves from the notes to the top.
@@ -189,7 +189,7 @@ def _class_attribute(*class_names: str) -> str:
 
 
 def _data_attribute(value: float | None, name: str = 'value') -> str:
-    """Return the attribute by which a cell is sorted; it is empty for None, which comes last."""
+    """Return the attribute by which a cell is sorted. It is empty for None, which comes last."""
     return f' data-{name}="{"" if value is None else repr(float(value))}"'
 
 
@@ -219,7 +219,7 @@ def _note_list(notes: Iterable[str]) -> str:
 
 
 def _chart(name: str, label: str, caption: str, has_bar: bool = False) -> str:
-    """Return an empty figure that page.js fills; `label` describes it to screen readers."""
+    """Return an empty figure that page.js fills. `label` describes it to screen readers."""
     toolbar = f'<div class="bar" id="{name}-bar"></div>' if has_bar else ''
     return (
         f'<figure>{toolbar}'

@@ -47,7 +47,7 @@ def format_latex(
 
     Args:
       header: header cell of each column.
-      body: cells of each row; details are shown on a second line.
+      body: cells of each row, with details on a second line.
       caption: sentences of the caption.
       origin: commands that produced the numbers, for a comment.
       best: indices of the rows whose second cell is bold.

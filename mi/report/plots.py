@@ -87,7 +87,7 @@ class Style(NamedTuple):
 
 
 def make_style(arm_index: int) -> Style:
-    """Return the style of an arm by its index; no two arms have the same color.
+    """Return the style of an arm by its index. No two arms have the same color.
 
     The first arms use the palette. Later rounds use shades of the palette, which are harder to
     distinguish, so that each round also has its own dashes and markers.
@@ -157,7 +157,7 @@ class Ticks(Formatter):
 
 
 def set_round_ticks(axes: Axes, num_ticks: int, integer: bool) -> None:
-    """Set about `num_ticks` round ticks of the x axis, at integers only if `integer`."""
+    """Set about `num_ticks` round ticks of the x axis, at integers only if `integer` is True."""
     locator = MaxNLocator(num_ticks, steps=[1, 2, 2.5, 5, 10], integer=integer)
     axes.xaxis.set_major_locator(locator)
     axes.xaxis.set_major_formatter(Ticks())

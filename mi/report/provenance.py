@@ -26,7 +26,7 @@ UNIMPORTANT = ('dirty', 'devices', 'jax_default_matmul_precision', 'data')  # un
 
 
 def read_environments(run_dir: pathlib.Path) -> tuple[Record, ...]:
-    """Read the environment of a run at its last start; return () if it is not recorded."""
+    """Read the environment of a run at its last start, or return () if it is not recorded."""
     versions = read_json(run_dir / 'versions.json', missing={})
     environment = {key: versions[key] for key in KEYS if key in versions}
     restarts = versions.get('continued', [])

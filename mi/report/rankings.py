@@ -11,7 +11,7 @@ from mi.report.arms import Arm, Sweep
 
 
 def to_markdown(sweep: Sweep) -> str:
-    """Format a table of the mean and rank of every arm in each seed set; '' without seed sets.
+    """Format a table of the mean and rank of every arm in each seed set, or '' without seed sets.
 
     Below it is Kendall's τ of each pair of rankings: 1 if they are equal, 0 on average if they are
     random, and −1 if one is the reverse of the other. Each problem has its own table, because arms

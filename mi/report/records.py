@@ -12,7 +12,7 @@ Record = dict[str, Any]  # a JSON object
 
 
 def read_metrics(path: pathlib.Path, is_done: bool, warnings: list[str]) -> list[Record]:
-    """Read the records of metrics.jsonl; see `_read_lines` for the arguments and errors."""
+    """Read the records of metrics.jsonl. See `_read_lines` for the arguments and errors."""
     records = _read_lines(path, is_done, warnings)
     for line_number, record in records.items():
         has_position = isinstance(record.get('step'), int) and isinstance(record.get('seed'), int)
@@ -22,7 +22,7 @@ def read_metrics(path: pathlib.Path, is_done: bool, warnings: list[str]) -> list
 
 
 def read_timing(path: pathlib.Path, is_done: bool, warnings: list[str]) -> list[Record]:
-    """Read the records of timing.jsonl; see `_read_lines` for the arguments and errors."""
+    """Read the records of timing.jsonl. See `_read_lines` for the arguments and errors."""
     records = _read_lines(path, is_done, warnings)
     for line_number, record in records.items():
         if not isinstance(record.get('step'), int) or not is_number(record.get('seconds')):
@@ -31,7 +31,7 @@ def read_timing(path: pathlib.Path, is_done: bool, warnings: list[str]) -> list[
 
 
 def _read_lines(path: pathlib.Path, is_done: bool, warnings: list[str]) -> dict[int, Record]:
-    """Read a JSON Lines file as {line number: record}; return {} if it does not exist.
+    """Read a JSON Lines file as {line number: record}, or return {} if it does not exist.
 
     Text after the last newline is a record that is still being written.
 
@@ -79,7 +79,7 @@ def require_field(record: Record, field_name: str, expected_type: type, path: pa
     """Return a field of a record.
 
     Raises:
-      UserError: if the field is missing or has the wrong type; the message names the file `path`.
+      UserError: if the field is missing or has the wrong type. The message names the file `path`.
     """
     if not isinstance(record.get(field_name), expected_type):
         raise UserError(

@@ -90,7 +90,7 @@ def estimate(values: Mapping[int, float], arm: str) -> Estimate:
 def estimate_difference(
     values: Mapping[int, float], baseline: Mapping[int, float], arm: str
 ) -> Estimate | None:
-    """Compute the mean of value − baseline over common seeds; return None if there are none.
+    """Compute the mean of value − baseline over common seeds, or return None if there are none.
 
     Runs with the same seed share the data order and, where shapes agree, the initialization.
     Pairing cancels this shared variation, which intervals of two independent means would include.
@@ -114,7 +114,7 @@ def judge(gap: Estimate | None, lower_is_better: bool) -> str | None:
 def estimate_band(
     values: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
-    """Compute mean, low and high [N] of curves [seeds, N]; low and high are None for one seed.
+    """Compute mean, low and high [N] of curves [seeds, N]. Low and high are None for one seed.
 
     Whole curves are resampled, so that a resample has the same seeds at every step. The interval is
     pointwise and does not cover all steps simultaneously.
@@ -251,7 +251,7 @@ class SignFlipTest:
     Attributes:
       p: probability of a mean at least as far from zero by chance alone.
       min_p: smallest p that is possible with this number of differences.
-      p_holm: p corrected for the number of tested arms by `correct_holm`; p itself before that.
+      p_holm: p corrected for the number of tested arms by `correct_holm`, and p itself before that.
       min_p_holm: smallest p_holm that is possible for the arm with the smallest p.
       num_pairs: number of differences whose signs are flipped.
       pairs_per_seed: number of differences per seed: the number of tasks if each has separate runs,
@@ -272,7 +272,7 @@ class SignFlipTest:
 
 
 def sign_flip_test(differences: np.ndarray) -> SignFlipTest | None:
-    """Test n paired differences by permutation; return None if there are fewer than two.
+    """Test n paired differences by permutation, or return None if there are fewer than two.
 
     If two arms do not differ, each difference is equally likely to have the opposite sign. All 2ⁿ
     choices of signs are then equally likely, and p is the fraction of choices whose mean is at

@@ -41,7 +41,7 @@ class Terminal:
     """Options of a column in a terminal.
 
     Attributes:
-      priority: rank of the column, with the smallest shown first; None if it is never shown.
+      priority: rank of the column, with the smallest shown first, or None if it is never shown.
       wraps: whether text may break between words, which numbers never do.
     """
 
@@ -54,7 +54,7 @@ class Column(Generic[Item]):
     """A column of a table.
 
     Attributes:
-      name: identifier of the column; 'metric/NAME' for a secondary metric.
+      name: identifier of the column, or 'metric/NAME' for a secondary metric.
       title, detail: text of the header.
       cell: function that formats the cell of an item.
       shown_if: whether to show the column.
@@ -303,7 +303,7 @@ def has_equal_time(results: list[ArmResult]) -> bool:
 
 
 def secondary_names(results: list[ArmResult]) -> list[str]:
-    """Return the names of the secondary metrics of all rows, in order of appearance."""
+    """Return the names of the secondary metrics in all rows, in order of appearance."""
     return list({metric_name: None for result in results for metric_name in result.secondary})
 
 

@@ -48,7 +48,7 @@ class _Column(NamedTuple):
 
 
 def make_console() -> rich.console.Console:
-    """Return a console for stdout; 160 characters wide, unless a terminal or COLUMNS sets it."""
+    """Return a console for stdout, 160 characters wide unless a terminal or COLUMNS sets it."""
     console = rich.console.Console(soft_wrap=False)
     if not _is_limited(console):
         console.width = 160

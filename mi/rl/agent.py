@@ -41,8 +41,8 @@ class Inputs(NamedTuple):
     Attributes:
       observation: name → array, as in `Spec.observation` of the environment. 'instruction' holds
         tokens or their encoding from `encode_instruction`.
-      action: int32, the previous action; ignored where `is_first`.
-      reward: float32, the reward of the previous action; ignored where `is_first`.
+      action: int32, the previous action, which is ignored where `is_first` is True.
+      reward: float32, the reward of the previous action, which is ignored where `is_first` is True.
       is_first: bool, whether an episode starts at this step, which resets the state of the core.
     """
 
@@ -124,22 +124,22 @@ class Agent(nn.Module):
         'instruction'   the encoded instruction
         'state'         a function of h_t (`StateContext`), only for the site 'readout'
 
-    With `use_instruction`, an instruction that is neither fused at a site nor the context is
+    If `use_instruction` is True, an instruction that is neither fused at a site nor the context is
     concatenated to u_t. The value finally passes through an affine map with a gain and a shift for
     each task, which PopArt rescales when its statistics change (`mi.rl.popart`).
 
     Attributes:
       spec: spec of the environment.
-      torso: a name in `TORSOS`. 'auto' is 'dense' for grids and features; for pixels it is
+      torso: a name in `TORSOS`. 'auto' is 'dense' for grids and features, and for pixels it is
         'shallow', or 'deep' if the picture is smaller than `Shallow.min_side`.
-      features: number of torso features, F; 256 as in IMPALA.
-      core: constructor of a cell from `mi.cells`; None for no memory.
+      features: number of torso features, F. Defaults to 256, as in IMPALA.
+      core: constructor of a cell from `mi.cells`, or None for no memory.
       sites: sites with a fusion, a subset of `SITES`.
       source: source of the context, one of `SOURCES`.
-      context: number of context features, m; unused if `source` is 'task'.
+      context: number of context features, m, unused if `source` is 'task'.
       fusion: constructor of the module (x, z) → y, such as an entry of `mi.fusion.FUSIONS`.
       use_instruction: whether to encode instructions.
-      dtype: dtype of the products; parameters, state and outputs are f32.
+      dtype: dtype of the products. Parameters, state and outputs are f32.
     """
 
     spec: Spec

@@ -35,7 +35,7 @@ def assess(config: ml_collections.ConfigDict, workdir: str) -> None:
     """Evaluate the newest checkpoint of a run, and write the results to WORKDIR/evaluation.
 
         scores.json    scores by split and policy (such as 'eval_greedy') and by seed
-        TASK.gif       an episode of the greedy policy of the first seed
+        TASK.gif       an episode of the first seed's greedy policy
 
     Raises:
       UserError: if the directory has no complete checkpoint, or belongs to a different config.

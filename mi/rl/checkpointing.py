@@ -16,7 +16,7 @@ class Resumed(NamedTuple, Generic[Tree]):
     """The point from which a run continues.
 
     Attributes:
-      state: state from the newest checkpoint; None for a new run.
+      state: state from the newest checkpoint, or None for a new run.
       meta: metadata of the checkpoint.
       records_end: byte offset at which metrics.jsonl continues. None if the evaluation of this step
         is missing because the run ended between the checkpoint and the evaluation.
@@ -33,7 +33,7 @@ class Snapshot(NamedTuple):
     Attributes:
       state: the arrays to save.
       learner: the learner's part of the arrays, which must be finite.
-      env_steps: environment steps so far; a list if there can be several seeds.
+      env_steps: environment steps so far, or a list if there can be several seeds.
     """
 
     state: chex.ArrayTree

@@ -28,7 +28,7 @@ from mi.training import logger, progress, run_dir, sharding
 
 
 class Simulation(NamedTuple):
-    """An agent, a JAX environment, and the mesh whose devices share the work; hashable."""
+    """A hashable tuple of an agent, a JAX environment, and the mesh that divides the work."""
 
     environment: JaxEnvironment
     agent: Agent
@@ -36,7 +36,7 @@ class Simulation(NamedTuple):
 
 
 class EpisodeArrays(NamedTuple):
-    """Returns, successes and lengths of the episodes of one seed, with an array for each task."""
+    """Returns, successes and lengths of one seed's episodes, with an array for each task."""
 
     returns: list[np.ndarray]
     success: list[np.ndarray]
@@ -89,7 +89,7 @@ def compile_episodes(
 
     Args:
       simulation: environment, agent and mesh.
-      params: shapes of the parameters of all seeds, placed on the mesh.
+      params: shapes of the parameters for all seeds, placed on the mesh.
       num_episodes: number of episodes for each task.
     """
     num_seeds = jax.tree.leaves(params)[0].shape[0]
@@ -132,12 +132,12 @@ def make_program(simulation: Simulation, num_episodes: int, greedy: bool) -> jax
 
 
 class _EvaluationState(NamedTuple):
-    """The state of an evaluation between two steps; all arrays except `actor` are [rows].
+    """The state of an evaluation between two steps. All arrays except `actor` are [rows].
 
     Attributes:
       actor: state of the actor.
       is_alive: whether the episode of a row is still running.
-      returns, success, length: results of the episode of a row so far.
+      returns, success, length: results of a row's episode so far.
     """
 
     actor: ActorState
@@ -155,9 +155,12 @@ def _play_rows(
     is_played: Array,
     greedy: bool,
 ) -> tuple[Array, Array, Array]:
-    """Play an episode in each row where `is_played`; return its return, success and length, [rows].
+    """Play an episode in each row where `is_played` is True.
 
     The program runs for one step more than the maximum length, so that longer episodes are noticed.
+
+    Returns:
+      The return, success and length of each episode, [rows].
     """
     num_rows = len(is_played)
     env_step = jax.vmap(functools.partial(auto_reset.step, environment))
@@ -201,13 +204,13 @@ def summarize(
     """Summarize episodes by mean results, for each task and over tasks, and by normalized scores.
 
     Success is None if the environment does not define it. The normalized score of a task is
-    (s − random) / (reference − random) if the spec has both scores; the capped score is at most 1.
-    `stderr/…` is the standard error of a task's mean return, and `episodes_per_task` is the
+    (s − random) / (reference − random) if the spec has both scores, and the capped score is at most
+    1. `stderr/…` is the standard error of a task's mean return, and `episodes_per_task` is the
     smallest number of episodes in any task.
 
     Args:
       spec: spec of the environment.
-      returns, success, length: arrays of the episodes of each task.
+      returns, success, length: arrays of each task's episodes.
     """
     # Means over tasks.
     mean_returns = np.array([task_returns.mean() for task_returns in returns])
@@ -279,7 +282,7 @@ def write_evaluations(
     log: logger.RunLogger,
     env_steps: Sequence[int] | np.ndarray,
 ) -> None:
-    """Evaluate and write a record for each split, seed and policy; end the run if asked to stop.
+    """Evaluate each split, seed and policy, and write a record for each. End the run if asked to.
 
     Args:
       splits: split → function that takes `stops` and returns the records of each seed.
@@ -303,7 +306,7 @@ def write_evaluations(
 
 
 class Evaluation:
-    """An evaluation of one seed at a time, in any environment; a context manager.
+    """An evaluation of one seed at a time, in any environment, as a context manager.
 
     Args:
       config: config of the run.

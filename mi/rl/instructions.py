@@ -22,9 +22,9 @@ MAX_INSTRUCTIONS = 4  # per environment and unroll; with more, every row is comp
 def encode_once_per_instruction(
     encode: Callable[[Array], Any], tokens: Array, is_new: Array
 ) -> Array:
-    """Return encode(tokens), [T, B, …], for tokens [T, B, L] that change only where `is_new`.
+    """Return encode(tokens), [T, B, …], for tokens that change only where `is_new` is True.
 
-    If no environment has more than `MAX_INSTRUCTIONS` instructions, each is encoded once; for
+    If no environment has more than `MAX_INSTRUCTIONS` instructions, each is encoded once. For
     T = 20 this is a fifth of the work. Otherwise, or if T or L is small, every row is encoded.
     """
     T, _, L = tokens.shape
@@ -40,7 +40,7 @@ def encode_once_per_instruction(
 
 
 def fuse_once_per_instruction(fusion: nn.Module, x: Array, z: Array, is_new: Array) -> Array:
-    """Return fusion(x, z), [T, B, k], for x [T, B, n] and z [T, B, m] that changes where `is_new`.
+    """Return fusion(x, z), [T, B, k], for z [T, B, m] that changes only where `is_new` is True.
 
     Like `encode_once_per_instruction`, but each x is fused with every distinct z of its
     environment, and each step selects the result for its own z. A full form contracts z first,

@@ -53,7 +53,7 @@ def bind_numbers(
     hyperparameters: Hyperparameters,
     numbers: SweptNumbers | None,
 ) -> tuple[optax.GradientTransformation, Hyperparameters]:
-    """Return the optimizer and the hyperparameters with the given numbers; None changes nothing."""
+    """Return the optimizer and the hyperparameters with the given numbers, if any."""
     if numbers is None:
         return optimizer, hyperparameters
     return (
@@ -70,7 +70,7 @@ def init_learner_state(
 
 
 def name_parts(state: LearnerState) -> dict[str, chex.ArrayTree]:
-    """Return name → part of a state that must be finite when saved; errors use these names."""
+    """Return name → part of a state that must be finite when saved. Errors use these names."""
     return {
         'parameters': state.params,
         'moments of the optimizer': state.opt_state,
@@ -85,7 +85,7 @@ def update(
     state: LearnerState,
     trajectory: Trajectory,
 ) -> tuple[LearnerState, dict[str, Array]]:
-    """Update the learner once on trajectories [T, B]; a pure function.
+    """Update the learner once on trajectories [T, B], as a pure function.
 
     Under `jax.shard_map`, `trajectory` has this device's rows of the batch, and all other arguments
     are replicated. The gradient and the sums for PopArt are reduced over all devices. The metrics

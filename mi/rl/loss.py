@@ -27,15 +27,15 @@ CLIPS: dict[str, Callable[[Array], Array]] = {  # name → function of the rewar
 
 
 class Hyperparameters(NamedTuple):
-    """Hyperparameters of the loss; the optimizer has its own.
+    """Hyperparameters of the loss. The optimizer has its own.
 
     Attributes:
       discount: γ.
       lambda_, rho_clip, c_clip: λ, ρ̄ and c̄ of V-trace.
       entropy_cost, baseline_cost: weights relative to the policy gradient.
       reward_clip: a name in `CLIPS`.
-      popart: step size of the PopArt statistics, β; 0 disables PopArt.
-      popart_corrected: whether to correct the initial bias of the statistics; see `popart.update`.
+      popart: step size of the PopArt statistics, β, or 0 to disable PopArt.
+      popart_corrected: whether to correct the initial bias of the statistics. See `popart.update`.
       popart_order: 'gradient_first' or 'statistics_first', whether the loss uses the units before
         or after the update of the statistics. The latter is the order of van Hasselt et al. (2016),
         in which the targets of a batch bound the normalized errors of that batch.
@@ -57,7 +57,7 @@ class Hyperparameters(NamedTuple):
 
 
 class LossTerms(NamedTuple):
-    """Terms and diagnostics of the loss of one trajectory.
+    """Terms and diagnostics of one trajectory's loss.
 
     Attributes:
       policy, baseline, entropy: sums over the T transitions, before they are multiplied by their
@@ -143,7 +143,7 @@ def compute_terms(
 
     Args:
       outputs: logits [T + 1, A] and values n [T + 1] of the learner, in the units of the task.
-      trajectory: trajectory [T, …] of one environment; its carry is ignored.
+      trajectory: trajectory [T, …] of one environment, whose carry is ignored.
       statistics: PopArt statistics.
       hyperparameters: hyperparameters of the loss.
     """

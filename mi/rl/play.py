@@ -34,7 +34,7 @@ class StoppedError(Exception):
 
 
 class Limits(NamedTuple):
-    """Limits of an evaluation; an episode cut by a limit counts with its return so far.
+    """Limits of an evaluation. An episode cut by a limit counts with its return so far.
 
     Attributes:
       episodes: number of episodes to complete in each task.

@@ -22,7 +22,7 @@ LARGEST_TARGET = 1e3 * HIGHEST  # magnitude up to which a target moves the momen
 
 
 class Statistics(NamedTuple):
-    """Mean and variance of the targets of each task.
+    """Mean and variance of each task's targets.
 
     The papers store the second moment ν and compute the variance as ν − μ². Here the variance
     itself is stored, because f32 loses this difference where μ is several hundred times σ.
@@ -48,12 +48,12 @@ def sigma(statistics: Statistics) -> Array:
 
 
 def normalize(statistics: Statistics, values: Array, task: Array) -> Array:
-    """Convert values v to the units of their tasks, n = (v − μ) / σ; `task` has the same shape."""
+    """Convert values v to the units of their tasks, n = (v − μ) / σ. `task` has the same shape."""
     return (values - statistics.mu[task]) / sigma(statistics)[task]
 
 
 def unnormalize(statistics: Statistics, values: Array, task: Array) -> Array:
-    """Convert normalized values n back, v = σ n + μ; `task` has the same shape."""
+    """Convert normalized values n back, v = σ n + μ. `task` has the same shape."""
     return sigma(statistics)[task] * values + statistics.mu[task]
 
 

@@ -101,7 +101,7 @@ class Deep(nn.Module):
         section(x) = block(block(pool(conv(x))))
         v = relu(A [relu(section₃(section₂(section₁(pixels / 255)))), features] + c)
 
-    Convolutions and max pooling are 3 × 3; the pooling has stride 2.
+    Convolutions and max pooling are 3 × 3, and the pooling has stride 2.
     """
 
     features: int

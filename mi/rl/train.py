@@ -24,7 +24,7 @@ def train(
     Args:
       config: config of the run.
       workdir: the run directory.
-      profile: first and last update to profile; None disables profiling.
+      profile: first and last update to profile, or None for no profile.
 
     Raises:
       UserError: if the config is invalid, the directory cannot be used, or the loss is not finite.

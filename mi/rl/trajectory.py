@@ -65,7 +65,7 @@ def sum_episodes(
     success: Array,
     num_tasks: int,
 ) -> Episodes:
-    """Sum the episodes that ended in a step for each task; all arguments but the last are [B]."""
+    """Sum the episodes that ended in a step for each task. All arguments but the last are [B]."""
     sum_by_task = functools.partial(jax.ops.segment_sum, segment_ids=task, num_segments=num_tasks)
     weight = is_over.astype(jnp.float32)
     return Episodes(

@@ -30,9 +30,9 @@ class GatedTransformer(nn.Module):
     Attributes:
       features: number of features, H.
       layers: number of layers, L.
-      heads: number of attention heads; a divisor of H.
+      heads: number of attention heads, a divisor of H.
       memory: number of previous steps in memory, M.
-      dtype: dtype of the products; the memory is f32.
+      dtype: dtype of the products. The memory is f32.
     """
 
     features: int

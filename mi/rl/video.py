@@ -1,4 +1,4 @@
-"""Videos of an episode of each task as GIFs, with the instruction and the return so far."""
+"""GIF videos of one episode for each task, with the instruction and the return so far."""
 
 import pathlib
 from collections.abc import Sequence

@@ -14,7 +14,7 @@ ROUNDING = 1e-4  # relative, of ρ between two compilations of one policy
 
 
 class VTrace(NamedTuple):
-    """Targets and advantages of T transitions; no gradient flows through them.
+    """Targets and advantages of T transitions. No gradient flows through them.
 
     Attributes:
       targets: targets v_t for the values, [T].
@@ -49,7 +49,7 @@ def vtrace(  # noqa: PLR0913 - the arguments of rlax's
     terminated does not.
 
     Args:
-      values: V of every observation, [T + 1]; the last one is for bootstrapping.
+      values: V of every observation, [T + 1]. The last one is for bootstrapping.
       reward_t: reward of the action at observation t, [T].
       discount_t: γ, or 0 where the action terminated the episode, [T].
       log_rho_t: log π(a_t) − log μ(a_t), [T], with the learner's policy π and the policy that

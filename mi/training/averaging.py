@@ -31,7 +31,7 @@ class AveragedState(NamedTuple):
     Attributes:
       optimizer: state of the optimizer.
       count: number of updates, int32.
-      ema: debiased average of the parameters; the initial parameters before the first update.
+      ema: debiased average of the parameters, or the initial parameters before the first update.
     """
 
     optimizer: optax.OptState

@@ -200,7 +200,7 @@ class Checkpoints:
         return restored_part
 
     def _set_damaged_aside(self) -> int:
-        """Rename damaged checkpoints; return the step of the newest intact one, −1 for none."""
+        """Rename damaged checkpoints, and return the step of the newest intact one or −1."""
         for checkpoint_dir in self._list_steps():
             damage = find_damage(checkpoint_dir)
             if not damage:

@@ -59,7 +59,7 @@ def safe_xla_flags(current_flags: str = '', jaxlib: str | None = None) -> str:
 
     Args:
       current_flags: value of the environment variable XLA_FLAGS.
-      jaxlib: version of jaxlib; None for the installed one.
+      jaxlib: version of jaxlib, or None for the installed one.
 
     Returns:
       The new value of XLA_FLAGS.
@@ -77,7 +77,7 @@ def safe_xla_flags(current_flags: str = '', jaxlib: str | None = None) -> str:
 
 
 def set_xla_flags() -> None:
-    """Set XLA_FLAGS to `safe_xla_flags`; call this function before any computation."""
+    """Set XLA_FLAGS to `safe_xla_flags`. Call this function before any computation."""
     os.environ['XLA_FLAGS'] = safe_xla_flags(os.environ.get('XLA_FLAGS', ''))
 
 
@@ -111,7 +111,7 @@ def _read_processor_name() -> str:
 
 
 def _read_processor_fields() -> dict[str, str]:
-    """Read the fields of the first CPU in /proc/cpuinfo; return {} if the file does not exist."""
+    """Read the fields of the first CPU in /proc/cpuinfo. Return {} if there is no such file."""
     if not CPU_INFO.exists():
         return {}
     first_cpu = CPU_INFO.read_text().partition('\n\n')[0]

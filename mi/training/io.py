@@ -32,7 +32,7 @@ def write_json(path: pathlib.Path, contents: object) -> None:
 
 @contextlib.contextmanager
 def replace_file(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Yield a temporary path; move it to `path` on success, and remove it after an error."""
+    """Yield a temporary path, move it to `path` on success, and remove it after an error."""
     temporary_path = path.with_name(f'.{path.name}.{os.getpid()}')
     try:
         yield temporary_path
@@ -57,7 +57,7 @@ def read_json(path: pathlib.Path, missing: dict[str, Any] | None = None) -> dict
 
     Args:
       path: the file.
-      missing: value to return if the file does not exist; None to raise FileNotFoundError.
+      missing: value to return if the file does not exist, or None to raise FileNotFoundError.
 
     Raises:
       UserError: if the file contains anything other than a JSON object.

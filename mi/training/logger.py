@@ -38,14 +38,14 @@ ADVICE = 'Try a lower config.optim.learning_rate or config.optim.clip_norm'
 
 
 class MetricsWriter:
-    """A writer of the metrics of one run.
+    """A writer for the metrics of one run.
 
     Args:
       path: run directory.
       position: number of bytes of metrics.jsonl to keep. Later records were written by a killed run
         after its last checkpoint. They are removed, because the resumed run writes them again.
       step: step of the checkpoint.
-      tracker: tracker that receives a copy of the metrics; it is closed with the files.
+      tracker: tracker that receives a copy of the metrics. It is closed with the files.
 
     Raises:
       UserError: if no line of metrics.jsonl ends at `position`. The file is not changed.
@@ -350,9 +350,9 @@ class RunLogger(contextlib.AbstractContextManager['RunLogger']):
     If `path` is None, nothing is written, and `write` only checks that values are finite.
 
     Args:
-      path: run directory; None in a process that does not write.
+      path: run directory, or None in a process that does not write.
       total: number of steps.
-      done: step of the checkpoint that the run resumes from; 0 for a new run.
+      done: step of the checkpoint that the run resumes from, or 0 for a new run.
       position: see `MetricsWriter`.
       tracker: see `MetricsWriter`.
     """

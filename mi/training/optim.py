@@ -234,7 +234,7 @@ def make_optimizer(
     """Build the optimizer for a run of `steps` updates, with gradient clipping and the `ema`.
 
     RMSProp follows TensorFlow: ε is inside the square root, and the mean square starts at one. The
-    update takes an optional argument `learning_rates`, f32 [steps], which replaces the schedule;
+    update takes an optional argument `learning_rates`, f32 [steps], which replaces the schedule,
     see `with_learning_rates`.
     """
     optimizer = _chain(config, schedule(config, steps))

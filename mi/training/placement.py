@@ -29,7 +29,7 @@ def seed_mesh(num_seeds: int, devices: Sequence[jax.Device] | None = None) -> Me
     Args:
       num_seeds: number of seeds, or of other independent items such as pairs of a seed and a
         learning rate.
-      devices: devices to use; None for all available devices.
+      devices: devices to use, or None for all available devices.
     """
     devices = jax.devices() if devices is None else devices
     num_shards = len(devices)
@@ -56,7 +56,7 @@ def shard_map_seeds(function: Callable[..., Tree], mesh: Mesh) -> Callable[..., 
 
 
 def padded_indices(num_seeds: int, mesh: Mesh) -> np.ndarray:
-    """Return the seed index of each entry of a padded axis: all seeds, then repeated ones."""
+    """Return the seed index of each entry in a padded axis: all seeds, then repeated ones."""
     num_shards = mesh.shape['seed']
     return np.arange(num_shards * seeds_per_device(num_seeds, num_shards)) % num_seeds
 

@@ -28,7 +28,7 @@ class Work(contextlib.AbstractContextManager['Work']):
 
     Args:
       name: name of the task, such as 'compiling the training step'.
-      total: total amount of work; 0 if unknown.
+      total: total amount of work, or 0 if unknown.
       unit: name of the unit in which amounts are shown.
       scale: amount of work per unit.
     """

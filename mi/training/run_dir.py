@@ -61,12 +61,12 @@ class Run:
         self._profile, self._is_tracing = profile, False
 
     def write(self, file_name: str, contents: Mapping[str, object]) -> None:
-        """Write a JSON file atomically; only the primary process writes."""
+        """Write a JSON file atomically. Only the primary process writes."""
         if sharding.is_primary():
             write_json(self.path / file_name, contents)
 
     def write_arrays(self, file_name: str, arrays: Mapping[str, np.ndarray]) -> None:
-        """Write an .npz file atomically; only the primary process writes."""
+        """Write an .npz file atomically. Only the primary process writes."""
         if sharding.is_primary():
             with replace_file(self.path / file_name) as temporary, open(temporary, 'wb') as stream:
                 np.savez_compressed(stream, allow_pickle=False, **arrays)
@@ -95,7 +95,7 @@ class Run:
 
         Args:
           total: number of steps of the run.
-          position: number of bytes of metrics.jsonl to keep; 0 for a new file.
+          position: number of bytes of metrics.jsonl to keep, or 0 for a new file.
         """
         if not sharding.is_primary():
             return logger.RunLogger(None, total, self.step, position)
@@ -184,7 +184,7 @@ def open_run(
     Args:
       workdir: run directory.
       config: config of the run.
-      profile: first and last step that `Run.call_traced` traces; None for no trace.
+      profile: first and last step that `Run.call_traced` traces, or None for no trace.
 
     Raises:
       UserError: if another process uses the directory, or if the run in it has a different config.
@@ -247,7 +247,7 @@ def _explain_storage_failure(path: pathlib.Path) -> Iterator[None]:
 
 
 def _record_versions(path: pathlib.Path) -> None:
-    """Write versions.json; raise UserError if JAX settings would change a resumed run."""
+    """Write versions.json, or raise UserError if JAX settings would change a resumed run."""
     saved_steps = [
         int(checkpoint_dir.name)
         for checkpoint_dir in (path / 'checkpoints').glob('*')

@@ -23,7 +23,7 @@ def make_run_mesh(
 
     Args:
       config: config of the run.
-      devices: devices to use; None for all available devices.
+      devices: devices to use, or None for all available devices.
 
     Raises:
       UserError: if the devices cannot divide the work.
@@ -55,5 +55,5 @@ def count_mesh_seeds(config: ml_collections.ConfigDict) -> int:
 
 
 def _get_fsdp(config: ml_collections.ConfigDict) -> int:
-    """Return the number of devices that share one copy of the parameters; 1 for small agents."""
+    """Return the number of devices that share one copy of the parameters, or 1 for small agents."""
     return config.train.fsdp if config.task == 'lm' else 1

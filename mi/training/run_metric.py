@@ -1,4 +1,4 @@
-"""User-defined metrics: functions of the records of a run, named 'package.module:function'.
+"""User-defined metrics: functions of a run's records, named 'package.module:function'.
 
     def best_return(records):                   # the records of one seed and split, in order
         return max(record['return'] for record in records)
@@ -21,7 +21,7 @@ Record = dict[str, Any]  # a JSON object
 
 
 class RunMetric(Protocol):
-    """A function of the records of one seed and split of a run."""
+    """A function of a run's records for one seed and split."""
 
     def __call__(self, records: Sequence[Mapping[str, Any]], /) -> float | None:
         """Compute the metric after the last of the records.
@@ -77,7 +77,7 @@ class MetricAppender:
 
     Args:
       metric: name of the metric.
-      splits: splits to whose records the metric is added; None for all splits whose records have
+      splits: splits to whose records the metric is added, or None for all splits whose records have
         the numbers that the function reads.
     """
 

@@ -28,7 +28,7 @@ class RunState:
 
     Attributes:
       phase: phase of the run, from the list above.
-      reason: reason why the run failed, died or was stopped; '' otherwise.
+      reason: reason why the run failed, died or was stopped, or '' otherwise.
     """
 
     phase: str
@@ -50,7 +50,7 @@ def read_run_state(run_dir: pathlib.Path, status: Mapping[str, object] | None = 
 
     Args:
       run_dir: run directory, which need not exist.
-      status: content of status.json; None to read it.
+      status: content of status.json, or None to read it.
     """
     # The status is read before the locks, and again if the run may have ended in between.
     status = read_object(run_dir / 'status.json') if status is None else status
@@ -77,7 +77,7 @@ def read_run_state(run_dir: pathlib.Path, status: Mapping[str, object] | None = 
 
 
 class SavedProgress(NamedTuple):
-    """Saved progress of a run; later progress compares as greater.
+    """Saved progress of a run. Later progress compares as greater.
 
     Attributes:
       step: step of the newest checkpoint, or of the status written when the run was preempted.
@@ -111,7 +111,7 @@ def restart_refusal(run_dir: pathlib.Path) -> str:
 
 
 def last_line(log: pathlib.Path) -> str:
-    """Return the last non-blank line of a log; '' if there is none."""
+    """Return the last non-blank line of a log, or '' if there is none."""
     try:
         with open(log, 'rb') as log_file:
             log_file.seek(max(0, log_file.seek(0, 2) - LOG_TAIL))
@@ -122,7 +122,7 @@ def last_line(log: pathlib.Path) -> str:
 
 
 def read_object(file: pathlib.Path) -> dict[str, Any]:
-    """Read a JSON object; return {} if the file is missing, or damaged by a power failure."""
+    """Read a JSON object, or return {} if the file is missing, or damaged by a power failure."""
     try:
         contents = json.loads(file.read_bytes())
     except (FileNotFoundError, ValueError):

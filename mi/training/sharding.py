@@ -81,7 +81,7 @@ def barrier(name: str) -> None:
 
 
 def any_process(flag: bool) -> bool:
-    """Return whether the flag is set in any process; all processes must call this function."""
+    """Return whether the flag is set in any process. All processes must call this function."""
     if jax.process_count() == 1:
         return flag
     return bool(np.any(multihost_utils.process_allgather(np.asarray(flag))))
@@ -95,7 +95,7 @@ def sum_over_processes(number: int) -> int:
 
 
 def broadcast_from_primary(number: int) -> int:
-    """Return the number of the primary process; all processes must call this function."""
+    """Return the number of the primary process. All processes must call this function."""
     if jax.process_count() == 1:
         return number
     return int(multihost_utils.broadcast_one_to_all(np.asarray(number)))
@@ -139,10 +139,10 @@ def make_mesh(
     Args:
       num_seeds: number of seeds that train simultaneously.
       batch_size: number of rows in the batch of one seed.
-      fsdp: number of devices that share one copy of the parameters; reduced if there are fewer
+      fsdp: number of devices that share one copy of the parameters, reduced if there are fewer
         devices.
-      shape: sizes of all three axes; () to choose them automatically.
-      devices: devices to use; None for all available devices.
+      shape: sizes of all three axes, or () to choose them automatically.
+      devices: devices to use, or None for all available devices.
 
     Raises:
       ArgumentError: if the devices cannot divide the work, or if a run of several processes would
@@ -212,7 +212,7 @@ def _choose_largest_shape(
 
 
 def platform(mesh: Mesh) -> str:
-    """Return the platform of the devices of a mesh: 'cpu', 'gpu' or 'tpu'."""
+    """Return the platform of a mesh's devices: 'cpu', 'gpu' or 'tpu'."""
     platform_name: str = mesh.devices.flat[0].platform
     return 'gpu' if platform_name in ('cuda', 'rocm') else platform_name
 
@@ -303,7 +303,7 @@ def gather_params(params: Tree, partition: Specs) -> Tree:
 
     Args:
       params: shards of one seed's parameters on this device.
-      partition: `PartitionSpec` of each array [S, …], from `fsdp_specs`; None if no array is
+      partition: `PartitionSpec` of each array [S, …], from `fsdp_specs`, or None if no array is
         sharded over 'fsdp'.
     """
     if partition is None:
@@ -344,12 +344,12 @@ def with_shardings(shapes: Tree, shardings: Shardings) -> Tree:
 
 
 def shard_array(array: np.ndarray, sharding: NamedSharding) -> Array:
-    """Shard a host array; every process passes the full array."""
+    """Shard a host array. Every process passes the full array."""
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
 def shard_batch(tree: Tree, mesh: Mesh, axis: int) -> Tree:
-    """Shard arrays over the rows along `axis`; each process passes its own rows."""
+    """Shard arrays over the rows along `axis`. Each process passes its own rows."""
     sharding = batch_sharding(mesh, axis)
     return jax.tree.map(lambda array: jax.make_array_from_process_local_data(sharding, array), tree)
 
@@ -360,7 +360,7 @@ def to_local(tree: Tree) -> Tree:
 
 
 def to_host(tree: chex.ArrayTree) -> Any:
-    """Convert arrays of any sharding to NumPy arrays; all processes must call this function."""
+    """Convert arrays of any sharding to NumPy arrays. All processes must call this function."""
 
     def gather(array: Array) -> np.ndarray:
         if getattr(array, 'is_fully_addressable', True) or array.is_fully_replicated:

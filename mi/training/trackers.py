@@ -105,7 +105,7 @@ def check_tracker(value: object) -> str:
 def start_tracker(
     tracker_name: str, path: pathlib.Path, config: dict[str, object]
 ) -> Tracker | None:
-    """Start the tracker of a new or resumed run; return None for the tracker 'none'."""
+    """Start the tracker of a new or resumed run, or return None for the tracker 'none'."""
     make_tracker = TRACKERS[tracker_name]
     if make_tracker is None:
         return None

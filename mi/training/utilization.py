@@ -38,7 +38,7 @@ PEAK_FLOPS: dict[str, float] = {
 
 
 class Meter:
-    """A meter of the utilization of a run's devices.
+    """A meter for the utilization of a run's devices.
 
     Args:
       flops: model FLOPs per unit of throughput, such as a token.

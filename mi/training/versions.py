@@ -51,7 +51,7 @@ def compare(file: pathlib.Path, step: int | None) -> dict[str, object]:
 
     Args:
       file: path of versions.json.
-      step: step of the checkpoint from which the run continues; None for a new run.
+      step: step of the checkpoint from which the run continues, or None for a new run.
 
     Returns:
       The new content of versions.json.
@@ -96,7 +96,7 @@ def _installed_version(package: str) -> str | None:
 
 @functools.lru_cache
 def _describe_commit() -> Environment:
-    """Describe the commit of this code, and whether files differ from it; None outside Git."""
+    """Describe the commit of this code and any changes to it, or return None outside Git."""
 
     def git(*arguments: str) -> str | None:
         command = ['git', '-C', str(pathlib.Path(__file__).parent), *arguments]

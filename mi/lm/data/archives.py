@@ -1,4 +1,4 @@
-"""Plain and compressed text files; compressed files are unpacked once, into the cache."""
+"""Plain text files, and compressed ones that are unpacked once into the cache."""
 
 import bz2
 import contextlib
@@ -134,7 +134,7 @@ def _hash_file(file: pathlib.Path) -> str:
 
 
 def _detect_packing(file: pathlib.Path) -> str:
-    """Detect a file's compression by its name or first bytes; return a PACKED suffix or ''."""
+    """Detect a file's compression by its name or first bytes and return a PACKED suffix or ''."""
     if file.suffix in PACKED:
         return file.suffix
     with open(file, 'rb') as stream:
@@ -184,7 +184,7 @@ def _unpack(file: pathlib.Path, packing: str, target: pathlib.Path) -> None:
 def _open_packed(
     file: pathlib.Path, packing: str, packed_stream: IO[bytes]
 ) -> contextlib.AbstractContextManager[IO[bytes]]:
-    """Return a stream of the unpacked bytes of an open compressed file."""
+    """Return a stream of the unpacked bytes in an open compressed file."""
     if packing == '.gz':
         return cast(IO[bytes], gzip.open(packed_stream))
     if packing == '.xz':

@@ -19,8 +19,8 @@ class Batch(NamedTuple):
     In a batch for all seeds, every array except `step` has a leading axis of seeds, [S, …].
 
     Attributes:
-      tokens: ids [T + 1, B]; rows 0 … T − 1 are the inputs, rows 1 … T the targets.
-      domains: domain of each token, [T + 1, B]; None for a model that does not use domains.
+      tokens: ids [T + 1, B]. Rows 0 … T − 1 are the inputs, rows 1 … T the targets.
+      domains: domain of each token, [T + 1, B], or None for a model that does not use domains.
       seed: seed of the run, int32.
       step: number of updates before this one, int32. Dropout depends on `seed` and `step`.
     """
@@ -32,7 +32,7 @@ class Batch(NamedTuple):
 
 
 class BatchLoader:
-    """A loader of batches for all seeds, [S, …]; each device gets its own seeds and rows.
+    """A loader of batches for all seeds, [S, …]. Each device gets its own seeds and rows.
 
     Args:
       corpus: the corpus, whose training text is read.

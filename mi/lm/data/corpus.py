@@ -25,18 +25,18 @@ class Corpus:
 
     Attributes:
       name: name of the corpus, for messages.
-      vocabulary: number of token ids. Word ids are sorted by descending frequency; an <unk> that
-        does not occur in the text comes last.
+      vocabulary: number of token ids. Word ids are sorted by descending frequency, and an <unk>
+        that does not occur in the text comes last.
       tokens: split → ids [N].
       num_bytes: split → length of its text in UTF-8. 'train' is missing if `train_tokens` shortens
         the split, except at the level 'byte'.
       lossless: whether the tokens determine the text, so that bits per byte are defined.
-      sha256: hash of the tokens of all splits; a run can only be resumed on the same tokens.
-      domains: sorted names of the domains; () if there are none.
-      starts: split → the position at which each domain starts, [domains]; [0] if there are none.
-      tokenizer: the tokenizer; None for bytes.
+      sha256: hash of the tokens in all splits. A run can only be resumed on the same tokens.
+      domains: sorted names of the domains, or () if there are none.
+      starts: split → the position at which each domain starts, [domains], or [0] if there are none.
+      tokenizer: the tokenizer, or None for bytes.
       level: level of the tokens, as in `mi.lm.data.token_store`.
-      tokenizer_sha256: hash of the tokenizer file at the level 'file'; '' at other levels.
+      tokenizer_sha256: hash of the tokenizer file at the level 'file', or '' at other levels.
       texts: split → its texts in reading order.
     """
 
@@ -71,7 +71,7 @@ class Corpus:
         return np.asarray(self.tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
 
     def decode(self, tokens: np.ndarray) -> str:
-        """Decode ids [N] to text; at the levels 'word' and 'token', spaces join the tokens."""
+        """Decode ids [N] to text. At the levels 'word' and 'token', spaces join the tokens."""
         if self.tokenizer is None:
             return np.asarray(tokens, np.uint8).tobytes().decode(errors='replace')
         text = self.tokenizer.decode(np.asarray(tokens).tolist())

@@ -50,11 +50,11 @@ class Source:
 
     Attributes:
       read: function (path, splits, cache) → texts of at least these splits.
-      origin: where to download the corpus; '' if unknown.
+      origin: where to download the corpus, or '' if unknown.
       is_bundled: whether the corpus is part of the package, so that it needs no path.
-      hub: name of the corpus as a source on the Hugging Face hub; '' if it is not there.
+      hub: name of the corpus as a source on the Hugging Face hub, or '' if it is not there.
       num_tokens: split → number of tokens at the level 'token', including an <eos> for each line.
-      vocabulary: number of distinct tokens in train; 0 if unknown.
+      vocabulary: number of distinct tokens in train, or 0 if unknown.
     """
 
     read: Callable[[pathlib.Path, Collection[str], pathlib.Path], Texts]
@@ -106,8 +106,8 @@ def load_texts(source: str, path: str, splits: Collection[str], cache: pathlib.P
 
     Args:
       source: the corpus, see `find_source`.
-      path: path of the files if `source` is a name in `CORPORA`; '' for $MI_DATA/SOURCE.
-      splits: the splits to read; files of other splits may be missing.
+      path: path of the files if `source` is a name in `CORPORA`, or '' for $MI_DATA/SOURCE.
+      splits: the splits to read. Files of other splits may be missing.
       cache: directory for unpacked files and downloads from the hub.
 
     Raises:
@@ -142,7 +142,7 @@ def load_texts(source: str, path: str, splits: Collection[str], cache: pathlib.P
 
 
 def get_cache_directory(cache: str) -> pathlib.Path:
-    """Return the cache directory; '' means $MI_CACHE, or ~/.cache/mi if that is not set."""
+    """Return the cache directory, where '' means $MI_CACHE, or ~/.cache/mi if that is not set."""
     return pathlib.Path(cache or os.environ.get('MI_CACHE') or '~/.cache/mi').expanduser()
 
 
@@ -233,7 +233,7 @@ def _has_split(file_name: str, split: str) -> bool:
 
 
 def _read_domains(path: pathlib.Path, splits: Collection[str], cache: pathlib.Path) -> Texts:
-    """Read a directory in which every file or subdirectory is one domain; see `is_data`."""
+    """Read a directory in which every file or subdirectory is one domain. See `is_data`."""
     entries: dict[str, pathlib.Path] = {}
     for entry in sorted(path.iterdir()) if path.is_dir() else ():
         if not is_data(entry.name):
@@ -286,7 +286,7 @@ def _read_bytes(
     splits: Collection[str],
     cache: pathlib.Path,
 ) -> Texts:
-    """Read a file of known size and hash; its last tenth becomes valid and test."""
+    """Read a file of known size and hash, whose last tenth becomes valid and test."""
     file = path / name if path.is_dir() else path
     text = open_text(find_first([file], f'{file.parent}: expected {file.name}'), cache)
     if text.stop != size:
@@ -300,7 +300,7 @@ def _read_bytes(
 def _read_hub(
     source: str, path: pathlib.Path, splits: Collection[str], cache: pathlib.Path
 ) -> Texts:
-    """Read a dataset from the hub; it is downloaded to text files on first use."""
+    """Read a dataset from the hub, which is downloaded to text files on first use."""
     name_parts = source.removeprefix(HUB).split('/')
     if len(name_parts) not in (2, 3) or not all(name_parts):
         raise DataError(

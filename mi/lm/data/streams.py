@@ -40,7 +40,7 @@ class Stream:
         self._epoch = max(1, len(tokens) // (batch * length))
 
     def __len__(self) -> int:
-        """Return the number of complete steps in an epoch; `__getitem__` accepts any step."""
+        """Return the number of complete steps in an epoch. `__getitem__` accepts any step."""
         return self._epoch
 
     def __getitem__(self, step: int) -> np.ndarray:
@@ -48,11 +48,11 @@ class Stream:
         return self._tokens[self.get_positions(step)].astype(np.int32)
 
     def get_positions(self, step: int, readers: slice = slice(None)) -> np.ndarray:
-        """Return the text positions of the tokens of a step, [T + 1, b].
+        """Return the text positions of the tokens in a step, [T + 1, b].
 
         Args:
           step: index of the step.
-          readers: slice of the b readers whose rows of the batch a device holds; all by default.
+          readers: slice of the b readers whose rows of the batch a device holds. Defaults to all.
         """
         time_offsets = step * self._length + np.arange(self._length + 1)
         return (self._starts[None, readers] + time_offsets[:, None]) % len(self._tokens)

@@ -27,7 +27,7 @@ class Text:
       file: the uncompressed file.
       start, stop: span of the text, in bytes.
       origin: the file that the user named, plain or compressed, for messages.
-      domain: name of the domain; '' if the corpus has no domains.
+      domain: name of the domain, or '' if the corpus has no domains.
     """
 
     file: pathlib.Path

@@ -53,7 +53,7 @@ class Recipe(NamedTuple):
         *train*, *valid* and *test*. Files may be compressed: .bz2, .gz, .xz or .zip.
       level: level of the tokens, one of those above.
       vocabulary: maximum number of ids at the levels 'bpe', 'word' and 'token'.
-      splits: the splits to tokenize; files of other splits may be missing.
+      splits: the splits to tokenize. Files of other splits may be missing.
       fit: the splits from which the vocabulary is built. If it excludes train, results are not
         comparable to published numbers.
       tokenizer: path of a tokenizer.json, for the level 'file'.
@@ -86,10 +86,10 @@ def load(
 
     Args:
       recipe: the text, and how to tokenize it.
-      cache: directory for token files; '' for $MI_CACHE or ~/.cache/mi.
-      path: path of the files if `source` is a name in `CORPORA`; '' for $MI_DATA/SOURCE.
-      train_tokens: number of tokens to keep from the start of train; 0 for all. The vocabulary is
-        always built from all of train.
+      cache: directory for token files, or '' for $MI_CACHE or ~/.cache/mi.
+      path: path of the files if `source` is a name in `CORPORA`, or '' for $MI_DATA/SOURCE.
+      train_tokens: number of tokens to keep from the start of train, or 0 for all. The vocabulary
+        is always built from all of train.
       verify: whether to verify the hashes of token files larger than `HASHED` too.
 
     Raises:
@@ -135,7 +135,7 @@ def _order_splits(recipe: Recipe) -> Recipe:
 
 
 def _load(recipe: Recipe, texts: Texts, cache_directory: pathlib.Path, verify: bool) -> Corpus:
-    """Map uncompressed bytes or token files into memory; write missing token files first."""
+    """Map uncompressed bytes or token files into memory, after writing missing token files."""
     splits = recipe.splits
     domains = tuple(text.domain for text in texts[splits[0]] if text.domain)
     num_bytes = {split: sum(text.size for text in texts[split]) for split in splits}
@@ -248,12 +248,12 @@ def _write_token_files(directory: pathlib.Path, texts: Texts, recipe: Recipe) ->
 
 
 def _has_all_bytes(piece: str, ids: np.ndarray, id_bytes: np.ndarray | None) -> bool:
-    """Return whether the ids represent every byte of a piece; False if `id_bytes` is None."""
+    """Return whether the ids represent every byte of a piece, or False if `id_bytes` is None."""
     return id_bytes is not None and int(id_bytes[ids].sum()) == len(piece.encode())
 
 
 def _write_header(stream: IO[bytes], dtype: np.dtype, length: int) -> None:
-    """Write the header of an .npy file; NumPy pads it, so that a new length fits in place."""
+    """Write the header of an .npy file, which NumPy pads so that a new length fits in place."""
     header = {'descr': dtype.str, 'fortran_order': False, 'shape': (length,)}
     np.lib.format.write_array_header_1_0(stream, header)
 
@@ -359,7 +359,7 @@ def _check_length(recipe: Recipe, split: str, text: Text, num_tokens: int) -> No
 
 
 def _compute_sha256(*buffers: bytes | np.ndarray) -> str:
-    """Compute the SHA-256 hash of the bytes of all buffers."""
+    """Compute the SHA-256 hash of the bytes in all buffers."""
     digest, block_size = hashlib.sha256(), 2**22
     views = [
         np.ascontiguousarray(buffer).reshape(-1).view(np.uint8).data

@@ -62,7 +62,7 @@ def _fit_bpe(vocab_size: int, pieces: Iterator[str]) -> tokenizers.Tokenizer:
 def _fit_words(
     level: Level, vocab_size: int, pieces: Iterator[str]
 ) -> tuple[tokenizers.Tokenizer, int]:
-    """Fit the `vocab_size` most frequent words; <unk> replaces the rarest if not among them."""
+    """Fit the `vocab_size` most frequent words, with <unk> in place of the rarest if needed."""
     tokenizer = tokenizers.Tokenizer(models.WordLevel({}, unk_token='<unk>'))
     if level == 'token':
         tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -120,7 +120,7 @@ def count_ids(tokenizer: tokenizers.Tokenizer) -> int:
 def count_id_bytes(tokenizer: tokenizers.Tokenizer) -> np.ndarray | None:
     """Return the number of bytes of text that each id represents, [V].
 
-    Only byte-level BPE defines these numbers; None is returned for any other tokenizer. Each
+    Only byte-level BPE defines these numbers, so None is returned for any other tokenizer. Each
     character of a token's name represents one byte. The name of an added token is its text.
     """
     is_byte_level = isinstance(tokenizer.model, models.BPE) and isinstance(
@@ -138,7 +138,7 @@ def count_id_bytes(tokenizer: tokenizers.Tokenizer) -> np.ndarray | None:
 def encode(
     text: Text, level: Level, tokenizer: tokenizers.Tokenizer | None, split: str
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield pieces of a text with their ids; at the level 'byte', the pieces are ''."""
+    """Yield pieces of a text with their ids. At the level 'byte', the pieces are ''."""
     if tokenizer is None:
         text_bytes, block_size = text.array(), 2**24
         for block_start in range(0, len(text_bytes), block_size):
@@ -159,7 +159,7 @@ def encode(
 
 
 def split_pieces(text: Text, level: Level, work: progress.Work | None = None) -> Iterator[str]:
-    """Yield pieces to tokenize separately; at the levels 'word' and 'token', lines get an <eos>."""
+    """Yield pieces to tokenize separately. At the levels 'word' and 'token', lines get an <eos>."""
     piece = ''
     for piece in text.pieces():
         yield piece if level in UNMARKED else mark_line_ends(piece)
@@ -175,7 +175,7 @@ def mark_line_ends(text: str) -> str:
 
 
 def remove_line_ends(piece: str) -> str:
-    """Undo `mark_line_ends` in a piece or a prefix of a piece; a lone <eos> becomes ''."""
+    """Undo `mark_line_ends` in a piece or a prefix of a piece. A lone <eos> becomes ''."""
     return '' if piece == EOS.strip() else piece.replace(f'{EOS}\n', '\n')
 
 

@@ -55,7 +55,7 @@ def make_worker(
       config: config of the run.
       version: number of updates when the run was started or resumed.
       index: index of the worker.
-      policy: policy shared with other workers; if None, a new one is made.
+      policy: policy shared with other workers. If None, a new one is made.
       birth: number of workers at this index that have died. Each birth draws different episodes.
     """
     # Each start of the run, worker, process and birth draws episodes of its own.
@@ -225,7 +225,7 @@ def _evaluate(
     state: learner.LearnerState,
     recorder: _Recorder,
 ) -> None:
-    """Evaluate every split in the first process; end the run if a stop is requested."""
+    """Evaluate every split in the first process, and end the run if a stop is requested."""
     if not sharding.is_primary():
         return
     run = recorder.run
@@ -319,7 +319,7 @@ def lower_update(
 def start_actors(
     config: ml_collections.ConfigDict, agent: Agent, params: Params, version: int
 ) -> Actors:
-    """Return the actors for the topology in the config; entering their context starts them."""
+    """Return the actors for the topology in the config. Entering their context starts them."""
     make_indexed = functools.partial(make_worker, config, version)
     worker_indices = range(config.actors.number)
     connect = functools.partial(

@@ -38,7 +38,7 @@ class Remote:
     Args:
       make_worker: constructor of the worker, called in the other process. Its argument `birth` is
         the number of earlier processes.
-      cpus: CPUs of the process; Ray starts it on a node that has them free.
+      cpus: CPUs of the process. Ray starts it on a node that has them free.
     """
 
     def __init__(self, make_worker: Callable[..., Worker], cpus: float = 1.0):
@@ -84,7 +84,7 @@ class Remote:
         return self._ray.remote(_Process).options(num_cpus=self._cpus).remote(make_worker)
 
     def _wait_for_start(self) -> None:
-        """Wait until the worker exists; print a message if Ray has no free CPUs for its process."""
+        """Wait until the worker exists, and print a message if Ray has no free CPUs for it."""
         pid, worker = self._process.pid.remote(), self._process.make.remote()
         if not self._ray.wait([pid], timeout=PATIENCE)[0]:
             total_cpus = self._ray.cluster_resources().get('CPU', 0)

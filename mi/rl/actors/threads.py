@@ -32,7 +32,7 @@ SharedParams = Any  # parameters as workers take them: Ray's reference, or the a
 
 
 class Collector(Protocol):
-    """The part of the interface of a `Worker` that a thread uses, in this process or another."""
+    """The part of a `Worker`'s interface that a thread uses, in this process or another."""
 
     def collect(self, params: SharedParams) -> list[tuple[Trajectory, Episodes]]: ...
 
@@ -101,11 +101,11 @@ class Actors:
             thread.join(max(0.0, deadline - time.monotonic()))
 
     def publish(self, params: Params, version: int) -> None:
-        """Send new parameters to the workers; they must not be donated afterwards."""
+        """Send new parameters to the workers. They must not be donated afterwards."""
         self._latest = self._share(params), version
 
     def get(self, stops: Callable[[], bool] = lambda: False) -> QueueItem | None:
-        """Wait for the next trajectory; if a worker has failed, raise its exception.
+        """Wait for the next trajectory. If a worker has failed, raise its exception.
 
         Args:
           stops: function called while the queue is empty that returns whether to end the run.
@@ -143,7 +143,7 @@ class Actors:
         return self._queue.qsize()
 
     def _run_worker(self, make_worker: Callable[[], Collector]) -> None:
-        """Make a worker and collect until the run is over; store any exception for `get`."""
+        """Make a worker and collect until the run is over, and store any exception for `get`."""
         try:
             worker = make_worker()
             try:

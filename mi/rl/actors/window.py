@@ -42,8 +42,8 @@ class Window:
     def take(self, is_complete: bool) -> tuple[dict[str, np.ndarray], dict[str, float]]:
         """Return the metrics of the updates, [updates] each, and their timing in seconds.
 
-        Unless `is_complete`, the metrics of the newest update are left out if there are others,
-        because the learner would have to wait for them.
+        Unless `is_complete` is True, the metrics of the newest update are left out if there are
+        others, because the learner would have to wait for them.
         """
         skips_newest = not is_complete and self.updates > 1
         update_metrics = jax.device_get(self._metrics[:-1] if skips_newest else self._metrics)

@@ -40,8 +40,8 @@ class PolicyState(NamedTuple):
     Attributes:
       key: random key of the actions.
       carry: carry of the agent.
-      tokens, instruction: newest instruction of each row, [B, L], and its encoding, [B, …]; None if
-        the agent does not read instructions.
+      tokens, instruction: newest instruction of each row, [B, L], and its encoding, [B, …], or None
+        if the agent does not read instructions.
     """
 
     key: Array
@@ -118,7 +118,7 @@ def _update_encodings(
 ) -> Array:
     """Return `encodings` with encode(tokens) in the outdated rows.
 
-    If at most an eighth of the rows are outdated, only that many are encoded; otherwise all are.
+    If at most an eighth of the rows are outdated, only that many are encoded. Otherwise all are.
     """
     batch_size = len(tokens)
     max_rows = -(-batch_size // 8)
@@ -184,7 +184,7 @@ class _TrajectoryBuilder:
 
     Attributes:
       carry: carry of the agent before the first step.
-      inputs: inputs of each step; T + 1 entries when complete, whereas the other lists have T.
+      inputs: inputs of each step, T + 1 entries when complete, whereas the other lists have T.
     """
 
     def __init__(self, carry: Carry, num_tasks: int):

@@ -103,7 +103,7 @@ def pool(env_name: str, batch: int, seed: int, options: Options | None = None) -
 
 
 def host_spec(env_name: str, batch: int, options: Options | None = None) -> Spec:
-    """Return the spec of a host environment; names in `SPECS` do not start their simulator.
+    """Return the spec of a host environment. Names in `SPECS` do not start their simulator.
 
     Args:
       env_name: a name in `HOST`, optionally followed by a slash and a suite.
@@ -180,7 +180,7 @@ def _make_jax(maker_name: str, env_name: str, options: Options) -> JaxEnvironmen
 
 
 def _call_maker(maker: Callable[..., Made], env_name: str, options: Options, **rows: int) -> Made:
-    """Check the options and call the maker; add the environment's name to errors."""
+    """Check the options and call the maker, and add the environment's name to errors."""
     _check_options(maker, env_name, options)
     with _name_in_errors(env_name):
         return maker(env_name.partition('/')[2], **rows, **options)

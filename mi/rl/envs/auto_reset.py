@@ -21,9 +21,9 @@ class StreamState(NamedTuple):
 
     Attributes:
       env_state: state of the environment.
-      key: random key; together with `episode` it determines the next episode.
+      key: random key, which together with `episode` determines the next episode.
       episode: int32, index of the current episode.
-      length: int32, steps of the current episode so far; 0 if it has ended.
+      length: int32, steps of the current episode so far, or 0 if it has ended.
       is_last: bool, whether the last step truncated it, so that the next step restarts.
     """
 
@@ -37,7 +37,7 @@ class StreamState(NamedTuple):
 def reset(
     environment: JaxEnvironment, rng_key: Array, task_index: Array
 ) -> tuple[StreamState, Step]:
-    """Begin a stream with an episode of the given task; later episodes draw tasks uniformly."""
+    """Begin a stream with an episode of the given task. Later episodes draw tasks uniformly."""
     reset_key, rng_key = jax.random.split(rng_key)
     env_state, observation = environment.reset(reset_key, task_index)
     zero_steps, no_flag = jnp.zeros((), jnp.int32), jnp.zeros((), bool)
@@ -49,7 +49,7 @@ def reset(
 def step(
     environment: JaxEnvironment, state: StreamState, action: Array
 ) -> tuple[StreamState, Step]:
-    """Step the stream; after a truncation, ignore the action and begin the next episode."""
+    """Step the stream. After a truncation, ignore the action and begin the next episode."""
     env_state, transition = environment.step(state.env_state, action)
     terminated = transition.terminated & ~state.is_last
     truncated = transition.truncated & ~(terminated | state.is_last)

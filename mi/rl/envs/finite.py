@@ -10,7 +10,7 @@ def check_finite(spec: Spec, step: Step) -> None:
     """Check that rewards and observations are finite, before the learner uses them.
 
     Raises:
-      UserError: if one is not finite; the message names the environment, the task and the entry.
+      UserError: if one is not finite. The message names the environment, the task and the entry.
     """
     task_indices = np.asarray(step.observation['task'])
     named_arrays = {'reward': step.reward, 'discount': step.discount, **step.observation}

@@ -85,7 +85,7 @@ def actions(space: Space) -> tuple[int, Convert]:
 
 
 def _count_elements(space: Space) -> int | None:
-    """Return the number of elements of a discrete space; None if a part is not discrete."""
+    """Return the number of elements of a discrete space, or None if a part is not discrete."""
     import gymnasium
 
     match space:
@@ -102,7 +102,7 @@ def _count_elements(space: Space) -> int | None:
 
 
 def _decode_element(space: Space, number: int) -> Element:
-    """Return the element of a discrete space with this number; the last part varies fastest."""
+    """Return the element of a discrete space with this number. The last part varies fastest."""
     import gymnasium
 
     match space:

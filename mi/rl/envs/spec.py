@@ -60,13 +60,13 @@ class Spec:
       actions: number of actions.
       tasks: name of each task, by index.
       random, reference: mean episode return in each task of the uniform random policy, and of a
-        reference such as a human or an optimal policy; None if unknown.
+        reference such as a human or an optimal policy, or None if unknown.
       sources: sources of these scores, as text.
       categories: number of categories of each layer of 'grid'.
-      vocabulary: number of tokens of 'instruction', padding included; 0 if there is none.
-      words: words of the tokens 1, 2, …; empty if unknown.
+      vocabulary: number of tokens of 'instruction', padding included, or 0 if there is none.
+      words: words of the tokens 1, 2, …, empty if unknown.
       episode: maximum length of an episode, which must have terminated or been truncated by then.
-        Required for a `JaxEnvironment`, because its evaluation is one compiled program; otherwise
+        Required for a `JaxEnvironment`, because its evaluation is one compiled program. Otherwise
         0 means unknown.
       has_success: whether the environment defines success. If not, success is unknown, not 0.
     """
@@ -89,13 +89,13 @@ class Transition(NamedTuple):
     """The result of an action in one `JaxEnvironment`.
 
     Attributes:
-      observation: name → array, the observation of the next state; the last one if the episode
+      observation: name → array, the observation of the next state, or the last one if the episode
         ended.
       reward: float32, reward of the action.
       terminated: bool, whether the episode ended by its rules, so that no reward can follow.
       truncated: bool, whether the episode was cut although it could have continued, for example by
         a time limit. If both flags are set, the episode counts as terminated.
-      success: bool, whether the episode reached its goal; only read when the episode ends.
+      success: bool, whether the episode reached its goal, only read when the episode ends.
     """
 
     observation: Observation
@@ -110,8 +110,8 @@ class Step(NamedTuple):
 
     Attributes:
       observation: name → array.
-      reward: float32, reward of the previous action; 0 at the start.
-      discount: float32, 0 if the episode terminated and 1 otherwise; the learner multiplies it by
+      reward: float32, reward of the previous action, or 0 at the start.
+      discount: float32, 0 if the episode terminated and 1 otherwise. The learner multiplies it by
         γ.
       is_first: whether the observation is the first of an episode.
       is_last: whether the observation is the last of an episode and the next action is ignored.
@@ -130,7 +130,7 @@ class JaxEnvironment(Protocol):
     """An environment that plays one episode, as pure functions.
 
     `reset` and `step` must return states of the same structure and types. `step` may be called
-    again after the last step of an episode; the result is not used.
+    again after the last step of an episode. The result is not used.
     """
 
     spec: Spec
@@ -155,7 +155,7 @@ class HostEnvironment(Protocol):
         ...
 
     def send(self, actions: np.ndarray) -> None:
-        """Start a step with actions int32 [B]; return immediately if the simulator can."""
+        """Start a step with actions int32 [B], and return immediately if the simulator can."""
         ...
 
     def recv(self) -> Step:

@@ -66,7 +66,7 @@ def babyai(length: int = BABYAI_LENGTH) -> Tokenizer:
 
     def number(word: str) -> int:
         if word not in _BABYAI_TOKENS:
-            raise UserError(f'{word!r}: expected a BabyAI word, one of {", ".join(BABYAI_WORDS)}')
+            raise UserError(f'instruction word {word!r}: expected one of {", ".join(BABYAI_WORDS)}')
         return _BABYAI_TOKENS[word]
 
     return Tokenizer(number, length)

@@ -47,7 +47,7 @@ from mi.training import (
 
 
 class TrainState(NamedTuple):
-    """The state of training; in a run, every array has a leading axis of seeds."""
+    """The state of training. In a run, every array has a leading axis of seeds."""
 
     learner: learner.LearnerState
     actor: rollout.ActorState
@@ -90,7 +90,7 @@ def update(
     length: int,
     state: TrainState,
 ) -> tuple[TrainState, UpdateMetrics]:
-    """Unroll the environments of one seed and update its learner once; a pure function."""
+    """Unroll the environments of one seed and update its learner once, as a pure function."""
     actor, trajectory, episodes, counts = rollout.unroll(
         environment, agent, length, state.learner.params, state.actor
     )
@@ -135,7 +135,7 @@ def compile_updates(
     """Compile several updates of all seeds ahead of time: state → state and `UpdateMetrics`.
 
     Each device steps its environments and computes the gradient for their rows. In each update, the
-    gradient and the sums for PopArt are reduced over devices; after the last update, so are the
+    gradient and the sums for PopArt are reduced over devices. After the last update, so are the
     metrics. The state is donated.
 
     Args:
@@ -223,7 +223,7 @@ def get_state_shapes(
 
 
 def _shard_state(state: TrainState, mesh: jax.sharding.Mesh) -> TrainState:
-    """Return the shapes and shardings of a state of all seeds.
+    """Return the shapes and shardings of a state for all seeds.
 
     The learner and the random key for actions are replicated over the devices of a seed.
     """
@@ -254,7 +254,7 @@ def _train(
     agent: Agent,
     run: run_dir.Run,
 ) -> None:
-    """Run the training loop; `environments` maps evaluation splits to environments."""
+    """Run the training loop. `environments` maps evaluation splits to environments."""
     num_updates, environment = rl_config.count_updates(config), environments['eval']
     optimizer = optim.make_optimizer(config.optim, num_updates)
     update_once = make_update(config, environment, agent, optimizer)
@@ -345,7 +345,7 @@ def _write_records(
     metrics: UpdateMetrics,
     statistics: popart.Statistics,
 ) -> str:
-    """Write a record for each seed; return a summary of all seeds for the progress line."""
+    """Write a record for each seed and return a summary of all seeds for the progress line."""
     for seed_index, seed in enumerate(run.config.seeds):
         learner_metrics, episodes, seed_statistics = jax.tree.map(
             operator.itemgetter(seed_index), (metrics.learner, metrics.episodes, statistics)

@@ -52,7 +52,7 @@ class UnrollCounts(NamedTuple):
 def init_actor_state(
     environment: JaxEnvironment, agent: Agent, batch_size: int, rng_key: Array
 ) -> ActorState:
-    """Start B episodes with evenly assigned tasks; row i of the batch has task i % num_tasks."""
+    """Start B episodes with evenly assigned tasks. Row i of the batch has task i % num_tasks."""
     action_key, env_key = jax.random.split(rng_key)
     tasks = get_row_indices(batch_size) % len(environment.spec.tasks)
     reset = functools.partial(auto_reset.reset, environment)

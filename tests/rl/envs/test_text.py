@@ -59,5 +59,5 @@ def test_hashes_are_between_one_and_the_number_of_buckets():
 def test_too_long_a_text_and_an_unknown_word_raise_user_errors():
     with pytest.raises(UserError, match=r'at most 2. Raise `options\.length`'):
         text.babyai(2)('go to the')
-    with pytest.raises(UserError, match=r"'swim': expected a BabyAI word"):
+    with pytest.raises(UserError, match=r"instruction word 'swim': expected one of"):
         text.babyai()('swim to the ball')

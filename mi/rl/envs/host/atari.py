@@ -84,7 +84,7 @@ def parse_suite(suite: str) -> tuple[str, ...]:
 
 
 def make_spec(suite: str) -> Spec:
-    """Return the spec of a suite, as named in `make`; a single game requires envpool.
+    """Return the spec of a suite, as named in `make`. A single game requires envpool.
 
     Raises:
       UserError: if a game is unknown, or envpool is required but not installed.
@@ -109,7 +109,7 @@ def make(
 
     Observations: 'pixels' [84, 84, 4] uint8, the last four grayscale frames, the newest last.
     Every action is repeated 4 times. An episode is a game, not a life, and rewards are not clipped.
-    A single game has its minimal action set; several games have all 18 actions.
+    A single game has its minimal action set, and several games have all 18 actions.
 
     Args:
       suite: a game such as 'Breakout', several joined by commas, or 'all' or '' for all 57.

@@ -92,13 +92,13 @@ def make(
     The reward is 1 − 0.9 t / limit at success and 0 otherwise.
 
     Args:
-      suite: a name in `SUITES`, a level such as 'GoToLocal', or several joined by commas; '' is
+      suite: a name in `SUITES`, a level such as 'GoToLocal', or several joined by commas. '' is
         'all'.
-      batch: number of environments, B; at least one for each level.
-      seed: seed of row 0; row i has seed + i.
-      threads: total number of threads, at least one for each level; 0 for one per core.
+      batch: number of environments, B, at least one for each level.
+      seed: seed of row 0. Row i has seed + i.
+      threads: total number of threads, at least one for each level, or 0 for one per core.
       timeout: maximum duration of a step, in seconds.
-      length: maximum length of an instruction, in words; 0 for the longest in the grammar.
+      length: maximum length of an instruction, in words, or 0 for the longest in the grammar.
 
     Raises:
       UserError: if a name is unknown, there are too few rows, or envpool is not installed.

@@ -139,7 +139,7 @@ class LevelCache:
         self._folder.mkdir(parents=True, exist_ok=True)
 
     def fetch(self, key: str, pk3_path: str) -> bool:
-        """Copy the map with this key to the path; return whether the cache has it."""
+        """Copy the map with this key to the path and return whether the cache has it."""
         try:
             shutil.copyfile(self._folder / key, pk3_path)
         except FileNotFoundError:
@@ -160,7 +160,7 @@ class LevelCache:
 def _serve_engine(
     connection: Connection, lab_arguments: LabArguments, seed: int, actions: np.ndarray
 ) -> None:
-    """Run an engine that None resets and an action steps; send errors as text."""
+    """Run an engine that None resets and an action steps, and send errors as text."""
     try:
         import deepmind_lab
 
@@ -187,7 +187,7 @@ def _serve_engine(
 
 
 class DMLab:
-    """A `HostEnvironment` with an engine per row; row i plays task i modulo the number of tasks."""
+    """A `HostEnvironment` with an engine per row. Row i plays task i modulo the number of tasks."""
 
     def __init__(
         self,
@@ -197,7 +197,7 @@ class DMLab:
         seed: int,
         timeout: float,
     ):
-        """Start an engine per row; `engines` has the arguments of each Lab and its cache folder."""
+        """Start an engine per row. `engines` has the arguments of each Lab and its cache folder."""
         # The levels and tasks of the rows.
         self.spec = spec
         self.batch = len(engines)
@@ -230,7 +230,7 @@ class DMLab:
         return self.recv()._replace(discount=np.ones(self.batch, np.float32))
 
     def skip(self, rows: np.ndarray) -> None:
-        """Skip rows until `reset`; see `SkipsRows`."""
+        """Skip rows until `reset`. See `SkipsRows`."""
         self._is_idle = np.array(rows)
 
     def send(self, actions: np.ndarray) -> None:
@@ -295,7 +295,7 @@ class DMLab:
 
 
 def spec_of(tasks: tuple[str, ...] = LEVELS, actions: str = 'impala', length: int = 16) -> Spec:
-    """Return the spec for some levels without the engine; see `make` for the arguments."""
+    """Return the spec for some levels without the engine. See `make` for the arguments."""
     return Spec(
         name='dmlab30',
         observation={
@@ -314,7 +314,7 @@ def spec_of(tasks: tuple[str, ...] = LEVELS, actions: str = 'impala', length: in
 
 
 def suite_spec(suite: str, *, actions: str = 'impala', length: int = 16) -> Spec:
-    """Return the spec of a suite without the engine; see `make` for the arguments.
+    """Return the spec of a suite without the engine. See `make` for the arguments.
 
     Raises:
       UserError: if a level or an action set is unknown.
@@ -341,19 +341,19 @@ def make(  # noqa: PLR0913 - the options of the environment
     length: int = 16,
     timeout: float = 600.0,
 ) -> DMLab:
-    """Make a batch of DMLab-30 levels; row i plays level i modulo the number of levels.
+    """Make a batch of DMLab-30 levels. Row i plays level i modulo the number of levels.
 
     Args:
       suite: 'train' or '' for the thirty levels, 'test' for the same with held-out variants where
         they exist, or levels joined by commas.
-      batch: number of environments, B; at least one for each level.
+      batch: number of environments, B, at least one for each level.
       seed: seed of the engines.
       actions: action set, 'impala' (9 actions) or 'extended' (15).
       renderer: 'software' or 'hardware'.
       cache: folder for compiled maps.
       dataset: folder with the images of two psychlab levels, `datasetPath` of the engine.
       length: maximum length of an instruction, in words.
-      timeout: maximum duration of a step, in seconds; compiling a map takes long.
+      timeout: maximum duration of a step, in seconds. Compiling a map takes long.
 
     Raises:
       UserError: if a level or action set is unknown, `batch` is too small, or the engine is not

@@ -86,7 +86,7 @@ class GymVector:
         )
 
     def skip(self, rows: np.ndarray) -> None:
-        """Skip rows until `reset`; see `SkipsRows`."""
+        """Skip rows until `reset`. See `SkipsRows`."""
         self._skips = bool(rows.any())
         self._vector.set_attr('is_idle', rows.tolist())
         self._was_last = self._was_last & ~rows
@@ -128,12 +128,12 @@ def make_gym(
     """Make a batch of gymnasium environments with one id, such as 'CartPole-v1' or 'module:Id-v0'.
 
     A module before the colon is imported first, so that it can register its own ids. Observations
-    become 'pixels' or 'features', and actions are numbered from 0; see `mi.rl.envs.spaces`.
+    become 'pixels' or 'features', and actions are numbered from 0. See `mi.rl.envs.spaces`.
 
     Args:
       suite: the id.
       batch: number of environments, B.
-      seed: seed of row 0; row i has seed + i.
+      seed: seed of row 0. Row i has seed + i.
       asynchronous: whether each row runs in its own process.
       env_arguments: arguments of the environment's constructor.
 
@@ -169,7 +169,7 @@ def make_gym(
 
 
 def _make_probe_env(gymnasium: types.ModuleType, env_id: str, arguments: Arguments) -> Env:
-    """Make an environment by its id; reduce an error in its module or constructor to one line."""
+    """Make an environment by its id, and shorten an error from its code to one line."""
     if not env_id:
         raise UserError("'gymnasium': expected an id after a slash, as in 'gymnasium/CartPole-v1'")
     try:
@@ -201,8 +201,8 @@ def make_vizdoom(suite: str, *, batch: int, seed: int = 0, asynchronous: bool = 
     buttons that any of the tasks has, or nothing in a task without that button.
 
     Args:
-      suite: names in `SCENARIOS` joined by commas; 'all' or '' for all.
-      batch: number of environments, B; at least one for each task. Row i has task i modulo the
+      suite: names in `SCENARIOS` joined by commas, or 'all' or '' for all.
+      batch: number of environments, B, at least one for each task. Row i has task i modulo the
         number of tasks.
       seed, asynchronous: as in `make_gym`.
 
@@ -273,7 +273,7 @@ class _GymMaker:
 class _SkippableMaker:
     """A picklable function that makes an environment that can be skipped.
 
-    While `is_idle`, the environment repeats its last observation.
+    While `is_idle` is True, the environment repeats its last observation.
     """
 
     def __init__(self, env_maker: EnvMaker):

@@ -44,7 +44,7 @@ def parse_suite(suite: str) -> tuple[str, ...]:
 
 
 def make_spec(suite: str) -> Spec:
-    """Return the spec of a suite, as named in `make`; raise UserError if it is unknown."""
+    """Return the spec of a suite, as named in `make`, or raise UserError if it is unknown."""
     return GAMES.make_spec(parse_suite(suite))
 
 
@@ -61,7 +61,7 @@ def make(
     Observations are 'pixels' [64, 64, 3] uint8, and there are 15 actions.
 
     Args:
-      suite: 'train' (or '') for levels 0 to 199 of all games, 'test' for all levels; either may be
+      suite: 'train' (or '') for levels 0 to 199 of all games, 'test' for all levels. Either may be
         followed by games, as in 'test/Coinrun,Maze'.
       batch, seed, threads, timeout: as in `mi.rl.envs.host.babyai.make`.
 

@@ -70,7 +70,8 @@ class State(NamedTuple):
 class ActuatorInversion:
     """A `JaxEnvironment` that draws a start and a goal for each episode.
 
-    Observations: 'grid' [5, 5, 1], which is 1 at the agent, 2 at the goal and 0 elsewhere; 'task'.
+    Observations: 'grid' [5, 5, 1], which is 1 at the agent, 2 at the goal and 0 elsewhere, and
+    'task'.
 
     Reaching the goal gives reward 1 and terminates the episode. Otherwise it is truncated after 8
     steps. A policy that knows the task can always reach the goal.
@@ -139,7 +140,7 @@ def name_task(permutation: Permutation) -> str:
 
 
 def make(suite: str) -> ActuatorInversion:
-    """Make the environment of a suite; '' is 'symmetries'.
+    """Make the environment of a suite, where '' is 'symmetries'.
 
     Raises:
       UserError: if the suite is unknown.

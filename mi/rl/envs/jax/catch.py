@@ -27,7 +27,7 @@ class State(NamedTuple):
 
 
 class Catch:
-    """The game of Catch as a `JaxEnvironment`; see the module docstring."""
+    """The game of Catch as a `JaxEnvironment`. See the module docstring."""
 
     spec = Spec(
         name='catch',
@@ -64,7 +64,7 @@ class Catch:
 
 
 def make(suite: str) -> Catch:
-    """Return the environment; raise UserError if `suite` is not empty."""
+    """Return the environment, or raise UserError if `suite` is not empty."""
     if suite:
         raise UserError(f"catch/{suite}: expected no suite, because catch has none. Try 'catch'")
     return Catch()

@@ -111,8 +111,8 @@ class State(NamedTuple):
     Attributes:
       task: int32, index into the tasks.
       grid: uint8 [size · size], tile · 12 + color.
-      y, x, direction: int32; 0 is up, 1 right, 2 down, 3 left.
-      pocket: uint8, the carried object, encoded as in `grid`; 0 for none.
+      y, x, direction: int32, where direction 0 is up, 1 right, 2 down and 3 left.
+      pocket: uint8, the carried object, encoded as in `grid`, or 0 for none.
       time: int32, number of steps so far.
     """
 
