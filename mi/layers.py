@@ -12,6 +12,7 @@ This assumes a context with unit-variance entries ('dense') or a one-hot context
 """
 
 import functools
+import math
 from typing import Literal, Protocol, get_args
 
 import jax
@@ -24,7 +25,7 @@ from jax.typing import DTypeLike
 
 from mi.config import suggest
 from mi.kernels.bilinear import bilinear
-from mi.kernels.linear import linear
+from mi.kernels.linear import linear, target_platform
 
 Context = Literal['dense', 'one_hot']
 
@@ -90,7 +91,30 @@ def expand_rank(array: Array, ndim: int) -> Array:
 
 def add_bias(y: Array, b: Array) -> Array:
     """Return y + b for y [..., *shape] and b [*shape]."""
-    return y + expand_rank(b, y.ndim)
+    leading = y.shape[: y.ndim - b.ndim]
+    rows = y.reshape(math.prod(leading), *y.shape[len(leading) :])
+    return _add_to_rows(rows, b).reshape(y.shape)
+
+
+@jax.custom_jvp
+def _add_to_rows(rows: Array, b: Array) -> Array:
+    return rows + b[None]
+
+
+@_add_to_rows.defjvp
+def _differentiate_addition(
+    primals: tuple[Array, Array], tangents: tuple[Array, Array]
+) -> tuple[Array, Array]:
+    """Keep the rows in one axis on CPU, so that the gradient of b is a sum over one axis.
+
+    Without the barrier, XLA sums over all leading axes of y. For two axes, that takes as long as
+    the product with V.
+    """
+    rows_tangent, b_tangent = tangents
+    b_rows = jnp.broadcast_to(b_tangent, rows_tangent.shape)
+    if target_platform() == 'cpu':
+        b_rows = jax.lax.optimization_barrier(b_rows)
+    return _add_to_rows(*primals), rows_tangent + b_rows
 
 
 def align_streams(x: Array, z: Array, *, ids: bool = False) -> tuple[Array, Array]:

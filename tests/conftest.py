@@ -8,6 +8,7 @@ import sys
 from typing import Any
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')  # see launch/compilation_cache.py
 
 import jax
 import pytest

@@ -295,7 +295,7 @@ def test_bf16_accumulates_in_f32(order):
 @pytest.mark.parametrize('order', ['outer_chunks', 'z_first_chunks'])
 def test_parts_in_bf16_add_up_in_f32(order, monkeypatch):
     # Two entries are a part: 256 + 1, which bf16 rounds to 256, and then -256 + 0.
-    monkeypatch.setattr(bilinear, 'NARROW_FEATURES', 4)
+    monkeypatch.setattr(bilinear, '_CHUNK_FEATURES', 8)
     monkeypatch.setattr(bilinear, '_CHUNK_BYTES', 2 * 4 * K)
     terms = jnp.array([256, 1, -256, 0], jnp.bfloat16)
     one = jnp.array([1, 0, 0, 0], jnp.bfloat16)

@@ -184,7 +184,7 @@ def test_a_trained_language_model_is_rebuilt_from_its_file(tmp_path, texts):
     ('flags', 'message'),
     [
         (['--workdir=none'], 'expected --out=FILE.safetensors, --program=FILE, or both'),
-        (['--workdir=none', '--out=a'], '--workdir=none has no config.json'),
+        (['--workdir=none', '--out=a'], '--workdir=none: expected a run directory'),
         (['--workdir=none', '--out=a', '--platforms=cpu,tpuu'], "did you mean 'tpu'"),
     ],
 )

@@ -1,5 +1,6 @@
 import json
 import pathlib
+import re
 
 import flax.linen as nn
 import jax
@@ -9,6 +10,7 @@ import pytest
 from jax.test_util import check_grads
 
 import mi
+from mi.layers import Affine
 from tests import prng
 from tests.motifs.checks import drawn, random
 
@@ -272,3 +274,15 @@ def test_an_unknown_context_is_refused_before_it_decides_a_scale():
     ):
         with pytest.raises(ValueError, match="unknown context 'onehot'; did you mean 'one_hot'"):
             layer.init(prng.key(0), x, z)
+
+
+def test_the_gradient_of_an_affine_map_is_in_operations_that_are_fast_on_cpu():
+    """A sum over one axis for b; for V a product whose rows in memory are the longer axis."""
+    x = jnp.zeros((32, 64, 96))
+    layer = Affine(48)
+    variables = layer.init(jax.random.key(0), x)
+    gradient = jax.grad(lambda variables: (layer.apply(variables, x) ** 2).sum())
+    program = jax.jit(gradient).lower(variables).compile().as_text()
+    assert re.search(r'f32\[(48,96\]\{1,0\}|96,48\]\{0,1\}) dot\(', program)
+    assert not re.search(r'window=\{size=\d+x(?!1 )\d+', program)  # 32x32x1 over two axes
+    assert not re.search(r' reduce\(.*dimensions=\{0,1\}', program)

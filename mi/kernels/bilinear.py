@@ -23,7 +23,6 @@ from jax.typing import DTypeLike
 
 from mi.kernels.by_id import BLOCK_ROWS, multiply_by_id
 from mi.kernels.linear import (
-    NARROW_FEATURES,
     Platform,
     Precision,
     accumulate,
@@ -42,6 +41,7 @@ ID_ORDERS: tuple[Order, ...] = ('groups', 'rows', 'one_hot')
 _FEW_ROWS = 64
 _TPU_LANES = 128  # columns in one TPU product
 _MAX_BYTES = {'cpu': 2**26, 'gpu': 2**30, 'tpu': 2**26}  # largest intermediate kept in one piece
+_CHUNK_FEATURES = 1024  # m·n of a chunk of z ⊗ x
 _CHUNK_BYTES = 12 * 2**20  # generated weights per chunk
 
 
@@ -253,7 +253,7 @@ def _evaluate_outer(operands: _Operands) -> Array:
 
 def _evaluate_outer_chunks(operands: _Operands) -> Array:
     m, n, k = operands.W.shape
-    chunk_size = _find_divisor(m, limit=max(1, 2 * NARROW_FEATURES // max(1, n)))
+    chunk_size = _find_divisor(m, limit=max(1, _CHUNK_FEATURES // max(1, n)))
 
     def multiply_chunk(z: Array, W: Array) -> Array:
         products = jnp.einsum(operands.label('Zm,Xn->Ymn'), z, operands.x)

@@ -13,8 +13,6 @@ from jax.typing import ArrayLike, DTypeLike
 Platform = Literal['cpu', 'gpu', 'tpu']
 Precision = jax.lax.PrecisionLike
 
-NARROW_FEATURES = 512  # up to this many, an input is transposed for the gradient of V on CPU
-
 
 def target_platform() -> Platform:
     """Return the platform that the current function is traced for.
@@ -61,19 +59,17 @@ def _matmul_jvp(
     primals: tuple[Array, Array],
     tangents: tuple[Array, Array],
 ) -> tuple[Array, Array]:
-    """Write x dV as (dVᵀ xᵀ)ᵀ with xᵀ in memory if that makes its transpose, ∂V, faster.
+    """Write x dV so that its transpose, the gradient of V, is a product with a wide output.
 
-    XLA on CPU does not have a fast product that contracts the first axes of both operands, as xᵀ dy
-    does. For a narrow x, transposing it costs less than this saves. The barrier around dV prevents
-    XLA from transposing the product back if V is itself a transpose, such as an output embedding.
+    XLA on CPU computes dyᵀx [k, n] up to 1.5 times as fast as xᵀdy [n, k] if n > k, and the
+    transpose of the result costs less than that. The barrier keeps XLA from transposing the product
+    back.
     """
     (x, V), (x_tangent, V_tangent) = primals, tangents
     multiply = functools.partial(accumulate, out_dtype=out_dtype, precision=precision)
-    if target_platform() == 'cpu' and x.shape[-1] <= NARROW_FEATURES < x.shape[0]:
-        x_transposed = jax.lax.optimization_barrier(x.T)
-        V_tangent = jax.lax.optimization_barrier(V_tangent)
-        product = functools.partial(jnp.einsum, 'nk,nb->kb')
-        V_term = multiply(product, V_tangent, x_transposed).T
+    if target_platform() == 'cpu' and V.shape[0] > V.shape[1]:
+        V_transposed = jax.lax.optimization_barrier(V_tangent.T)
+        V_term = multiply(functools.partial(jnp.einsum, 'rn,kn->rk'), x, V_transposed)
     else:
         V_term = multiply(jnp.matmul, x, V_tangent)
     return _matmul(x, V, out_dtype, precision), multiply(jnp.matmul, x_tangent, V) + V_term

@@ -162,7 +162,7 @@ class _Block(nn.Module):
 
         # The gate of the input.
         if config.site == 'input_gate':
-            normed = nn.RMSNorm(dtype=config.dtype, name='norm_gate')(x)
+            normed = _rms_norm(config, 'norm_gate', x)
             x = add_branch(self._fuse(normed, z))
 
         # Attention: the keys and values are the memory and this segment, which is the default.
@@ -210,7 +210,13 @@ class _Block(nn.Module):
 def _normalize(config: BlockConfig, name: str, x: Array, z: Array | None) -> Array:
     """Normalize x, and at the site 'norm' fuse the result with z."""
     if config.site != 'norm':
-        return nn.RMSNorm(dtype=config.dtype, name=name)(x)
+        return _rms_norm(config, name, x)
     assert config.fusion is not None
-    x = nn.RMSNorm(use_scale=False, dtype=config.dtype, name=name)(x)
+    x = _rms_norm(config, name, x, use_scale=False)
     return config.fusion(x.shape[-1], dtype=config.dtype, name=f'fuse_{name}')(x, z)
+
+
+def _rms_norm(config: BlockConfig, name: str, x: Array, use_scale: bool = True) -> Array:
+    """Normalize x as rows, so that the gradient of the scale is a sum over one axis."""
+    norm = nn.RMSNorm(use_scale=use_scale, dtype=config.dtype, name=name)
+    return norm(x.reshape(-1, x.shape[-1])).reshape(x.shape)

@@ -3,6 +3,7 @@
 Angles are computed in at least f32, whatever the dtype of the tokens.
 """
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
@@ -58,7 +59,8 @@ def rotate(tokens: Array, positions: Array) -> Array:
     """
     angles = compute_angles(positions, tokens.shape[-1], tokens.dtype)[:, None]
     angles = expand_rank(angles, tokens.ndim)
-    cosines, sines = jnp.cos(angles), jnp.sin(angles)
+    # Computed once, and not again for every batch entry and head in the loop of their product.
+    cosines, sines = jax.lax.optimization_barrier((jnp.cos(angles), jnp.sin(angles)))
     first, second = jnp.split(tokens, 2, axis=-1)
     rotated = first * cosines - second * sines, first * sines + second * cosines
     return jnp.concatenate(rotated, axis=-1).astype(tokens.dtype)
