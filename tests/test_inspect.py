@@ -362,7 +362,7 @@ def test_every_form_is_the_fusion_of_its_module():
     ('command', 'message'),
     [
         (['mi.inspect'], 'expected --workdir=DIRECTORY'),
-        (['mi.inspect', '--workdir=nowhere'], 'has no config.json'),
+        (['mi.inspect', '--workdir=nowhere'], 'found no config.json'),
         (['mi.compress', '--workdir=a'], '--workdir=DIRECTORY and --out=DIRECTORY'),
         (['mi.compress', '--workdir=a', '--out=b'], '--rank=None: expected at least 1 for'),
         (['mi.compress', '--workdir=a', '--out=b', '--form=block'], '--blocks=None: expected'),

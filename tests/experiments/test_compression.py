@@ -122,7 +122,7 @@ def test_a_run_that_is_done_is_not_repeated(tmp_path):
     [
         (['--workdir=a'], '--workdir=DIRECTORY and --out=DIRECTORY are both required'),
         (['--workdir=a', '--out=b', '--ranks=1,x'], '--ranks=1,x: expected integers'),
-        (['--workdir=a', '--out=b'], 'has no config.json'),
+        (['--workdir=a', '--out=b'], 'found no config.json'),
     ],
 )
 def test_a_wrong_command_is_one_line(flags, message):
