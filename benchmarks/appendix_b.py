@@ -1,4 +1,4 @@
-"""Time and memory of an MI layer in ten lines, beside `mi.MultiplicativeInteraction`.
+"""Time and memory of a ten-line MI layer, compared with `mi.MultiplicativeInteraction`.
 
     taskset -c 0 python -m benchmarks.appendix_b
 

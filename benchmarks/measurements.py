@@ -108,7 +108,7 @@ def lm_share(
 
 
 def roofline_shares(chip: Chip) -> dict[str, Share]:
-    """Return kind of model → measured share of the roofline, which is 1 if it was not measured."""
+    """Return kind of model → measured share of the roofline, or 1 if it was not measured."""
     datasheet_bound = Share(1.0, f'not measured on {chip.name}: datasheet roofline, a bound')
     shares = dict.fromkeys(('lstm', 'transformer', 'agent'), datasheet_bound)
 

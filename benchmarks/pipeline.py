@@ -54,7 +54,7 @@ class Engine:
 
     Attributes:
       step: mean seconds per step.
-      spread: standard deviation of the logarithm of the step time, which has a normal distribution.
+      spread: standard deviation of the step time's logarithm, which is normally distributed.
       reset: seconds that a new episode adds.
       episode_length: mean number of steps per episode.
     """

@@ -1,4 +1,4 @@
-"""Straightforward training loops, with which `benchmarks.rl` compares ours.
+"""Straightforward training loops, which `benchmarks.rl` compares with ours.
 
 Loss, optimizer and sizes are the same as ours, so that the work is comparable. The loops use
 XLand-MiniGrid's own step, one-hot contexts in dense products, and a textbook LSTM cell in

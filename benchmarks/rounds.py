@@ -53,7 +53,7 @@ def race(
     """Run all sides in turns, and return side → result of each round (seconds per step).
 
     Args:
-      commands: side → arguments with which python runs `serve`.
+      commands: side → arguments of the Python process that runs `serve`.
       rounds: number of rounds.
       parse: function that parses the output of a round, such as `json.loads` for sides that run
         `serve_turns`.

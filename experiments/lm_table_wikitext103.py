@@ -7,8 +7,8 @@ DIR/wikitext-103 contains wiki.train.tokens, wiki.valid.tokens and wiki.test.tok
 seed is a member that uses one GPU. --dry_run prints the parameters and the costs of the members.
 
 The model is the LSTM of configs/lm_wikitext103.py with the optimizer of the known baseline, and a
-context of 16 features. W of the decoder has 16 · H · 512 entries, for which the core is smaller. We
-have not measured these arms.
+context of 16 features. W of the decoder has 16 · H · 512 entries, and the core is smaller to
+compensate. We have not measured these arms.
 
 Source: see experiments/lm_table.py, which defines the arms, the table and the figure.
 """

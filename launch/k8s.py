@@ -70,7 +70,7 @@ class Options:
 def make_jobset(
     run_dir: pathlib.Path, command: list[str], resources: Resources, options: Options
 ) -> dict[str, Any]:
-    """Return the JobSet of a member, which has one job with a pod for each process."""
+    """Return a member's JobSet, which has one job with a pod for each process."""
     jobset_name = make_dns_name(run_dir.parent.name, run_dir.name, *identify_failure(run_dir))
     pod_spec = _make_pod(run_dir, command, jobset_name, resources, options)
 

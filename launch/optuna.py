@@ -289,8 +289,8 @@ def describe_search(file: str, workdir: pathlib.Path, module: types.ModuleType) 
         for key in ('engine', 'config', 'base', 'metric', 'split', 'lower_is_better', 'space'):
             if sweep_file.get(key) != comparable[key]:
                 raise UserError(
-                    f'--workdir={workdir} holds a different sweep or search, whose {key} is not '
-                    f'that of {file}. Use another --workdir'
+                    f'--workdir={workdir} holds a different sweep or search: its {key} differs '
+                    f'from that in {file}. Use another --workdir'
                 )
     return description
 

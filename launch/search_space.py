@@ -106,7 +106,7 @@ def integer(low: int, high: int, *, log: bool = False) -> Integer:
     """Return the distribution of an integer in [low, high], including both bounds. See `Integer`.
 
     Raises:
-      UserError: unless both are integers with low < high, and 0 < low if `log` is True.
+      UserError: unless both are integers with low < high, and 0 < low for a log-uniform one.
     """
     if not (isinstance(low, int) and isinstance(high, int)):
         raise UserError(f'integer({low!r}, {high!r}): expected two integers. Try uniform')

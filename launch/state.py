@@ -35,8 +35,8 @@ class MemberState(NamedTuple):
       step: newest step, or 0 if unknown.
       num_steps: number of steps in the run, or 0 if unknown.
       rate: speed as text, such as '1,200 tokens/s'.
-      seconds_left: time to the last step at the pace of the newest record, or None unless the
-        member is running.
+      seconds_left: time to the last step at the pace of the newest record, or None if the
+        member is not running.
       metric: newest value of the sweep's metric, as text.
       reason: why the member failed, died or was stopped.
     """

@@ -29,7 +29,7 @@ class Running(Protocol):
 
 
 class Members(Protocol):
-    """The members that `supervise` runs, which are identified by name."""
+    """The members that `supervise` runs, identified by name."""
 
     def names(self) -> list[str]:
         """Return the names of the members, in the order in which they start."""

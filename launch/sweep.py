@@ -1,4 +1,4 @@
-"""Sweep files, which are Python files that define the config, the overrides and the comparison.
+"""Sweep files: Python files that define the config, the overrides and the comparison.
 
 CONFIG = 'configs/lm.py:quickstart'      with TITLE, METRIC, SPLIT, BASELINE and NOTES
 METRIC = 'bits_per_byte'                 a number that the runs record in SPLIT, or a function of

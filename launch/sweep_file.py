@@ -42,9 +42,9 @@ def load_module(file: str) -> types.ModuleType:
         module.__spec__.loader.exec_module(module)
     for name in ('CONFIG', 'TITLE', 'METRIC', 'SPLIT', 'BASELINE', 'NOTES'):
         if not hasattr(module, name):
-            raise UserError(f'--sweep={file}: expected it to define {name}')
+            raise UserError(f'--sweep={file}: expected the file to define {name}')
     if not hasattr(module, 'sweep') and not (hasattr(module, 'SPACE') and hasattr(module, 'COUNT')):
-        raise UserError(f'--sweep={file}: expected it to define sweep, or SPACE and COUNT')
+        raise UserError(f'--sweep={file}: expected the file to define sweep, or SPACE and COUNT')
     if not isinstance(get_space(module), Mapping):
         raise UserError(
             f'--sweep={file}: SPACE = {module.SPACE!r}: expected a dictionary, config key → '

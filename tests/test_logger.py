@@ -181,7 +181,7 @@ def test_records_of_one_step_are_told_apart_by_their_number(tmp_path):
 def test_the_seed_that_is_not_finite_is_the_one_named():
     for bad in (np.nan, np.inf, -np.inf):
         with pytest.raises(
-            UserError, match='loss of seed 5 is not finite at step 7; this state is not'
+            UserError, match='loss of seed 5 is not finite at step 7, so this state is not'
         ):
             logger.refuse_non_finite((3, 5, 9), 7, {'fine': np.ones(3), 'loss': [1.0, bad, 1.0]})
     logger.refuse_non_finite((3, 5), 7, {'loss': np.array([1.0, 1e30])})
@@ -214,7 +214,7 @@ def test_a_number_that_json_has_no_word_for_ends_the_run_in_every_process(tmp_pa
 def test_a_state_that_cannot_be_gone_on_from_is_not_saved(name, value, broken, dtype):
     leaves = {'W': jnp.ones((2, 3, 4), dtype).at[1, 2, 3].set(value), 'n': jnp.ones(2, int)}
     said = pytest.raises(
-        UserError, match=f'of the {name}.* of seed 5 is not finite at step 7; this'
+        UserError, match=f'of the {name}.* of seed 5 is not finite at step 7, so this'
     )
     with said if broken else contextlib.nullcontext():
         logger.refuse_broken_state((3, 5), 7, {'empty': jnp.ones((2, 0)), name: leaves})

@@ -218,7 +218,7 @@ def _relative_error(output: Array, expected: Array) -> Array:
 
 
 def compute_accuracy(logits: Array, labels: Array) -> Array:
-    """Compute the fraction of rows [N] whose largest logit is that of the label."""
+    """Compute the fraction of rows [N] whose largest logit belongs to the label."""
     return jnp.mean(logits.argmax(-1) == labels)
 
 

@@ -49,7 +49,7 @@ MEASURES = {
     'lm': ('valid', ('bits_per_byte', 'nats_per_token')),
     'rl': ('eval', ('success', 'return')),
 }
-"""Task → (split, metrics), of which the first metric that the run records is used."""
+"""Task → (split, metrics). The first metric that the run records is used."""
 
 Values = dict[str, dict[float, dict[int, float]]]  # arm → rank → seed → value
 
@@ -117,13 +117,15 @@ def train(run_path: pathlib.Path) -> None:
 
 
 def find_metric(run_path: pathlib.Path) -> tuple[str, str]:
-    """Return the split and the metric by which a run is compared."""
+    """Return the split and the metric for comparing runs."""
     split, metrics = MEASURES[read_config(run_path).task]
     records = [r for r in _read_records(run_path) if r['split'] == split]
     for metric in metrics:
         if records and records[-1].get(metric) is not None:
             return split, metric
-    raise UserError(f'{run_path}: expected records of {" or ".join(metrics)} in the split {split}')
+    raise UserError(
+        f'{run_path}: expected {" or ".join(metrics)} in the split {split}, but found neither'
+    )
 
 
 def read_values(run_path: pathlib.Path, metric: tuple[str, str], is_last: bool) -> dict[int, float]:
@@ -132,7 +134,8 @@ def read_values(run_path: pathlib.Path, metric: tuple[str, str], is_last: bool) 
     records = [r for r in _read_records(run_path) if r['split'] == split]
     steps = [record['step'] for record in records]
     if not steps or (not is_last and min(steps) != 0):
-        raise UserError(f'{run_path}: expected an evaluation{"" if is_last else " at step 0"}')
+        suffix = '' if is_last else ' at step 0'
+        raise UserError(f'{run_path}: expected an evaluation{suffix}, but found none')
     step = max(steps) if is_last else 0
     return {record['seed']: float(record[name]) for record in records if record['step'] == step}
 

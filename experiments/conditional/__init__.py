@@ -1,1 +1,1 @@
-"""Conditional statements and similarity metrics, with which the paper motivates MI."""
+"""Conditional statements and similarity metrics, which motivate MI in the paper."""

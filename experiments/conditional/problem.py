@@ -149,7 +149,7 @@ class Functions(Problem):
       model: module (x, z) → y.
       targets: functions to fit.
       eval_examples: number of examples in an evaluation.
-      far_scale: factor by which the evaluation 'far' multiplies x.
+      far_scale: factor that multiplies x in the evaluation 'far'.
     """
 
     model: nn.Module

@@ -62,7 +62,7 @@ class Network(NamedTuple):
 
     Attributes:
       name: name of the network in tables and figures.
-      fusion: name of the fusion of x and z, which is the first layer.
+      fusion: name of the first layer, which fuses x and z.
       depth: number of hidden layers.
       encodes_context: whether a hidden layer encodes z before the fusion.
     """

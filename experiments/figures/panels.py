@@ -90,7 +90,7 @@ def compute_agreement(
 
     Args:
       values: {arm: {seed: value}}. Arms with missing seeds or non-finite values are ignored.
-      draws: sets of seeds, of which the first two are compared.
+      draws: sets of seeds. The first two are compared.
     """
     complete = [
         by_seed

@@ -26,7 +26,7 @@ def estimate_geometric_mean(values: Mapping[int, float], arm: str) -> Estimate:
 def estimate_ratio(
     values: Mapping[int, float], baseline: Mapping[int, float], arm: str
 ) -> Estimate | None:
-    """Estimate the geometric mean of value / baseline over common seeds, or None without any."""
+    """Estimate the geometric mean of value / baseline over common seeds, if there are any."""
     paired = {seed: values[seed] / baseline[seed] for seed in values if seed in baseline}
     return estimate_geometric_mean(paired, arm) if paired else None
 

@@ -117,7 +117,7 @@ class Rollout(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Frames(Problem):
-    """The problem of predicting frames, for which each seed draws positions [T + 1, N, BODIES, 2].
+    """The problem of predicting frames. Each seed draws positions [T + 1, N, BODIES, 2].
 
     Attributes:
       system: system whose motion is shown in the frames.

@@ -45,7 +45,7 @@ def score_mixture(y: Array, components: Gaussian, log_density: Array) -> Scores:
 
 
 def summarize(scores: Scores) -> Metrics:
-    """Average scores over all axes except that of the levels."""
+    """Average scores over all axes except the levels."""
     coverage = scores.coverage.reshape(-1, len(LEVELS)).mean(0)
     metrics = {name: getattr(scores, name).mean() for name in Scores._fields if name != 'coverage'}
     metrics |= {name: coverage[LEVELS.index(level)] for name, level in REPORTED_LEVELS.items()}

@@ -187,18 +187,19 @@ def _check_model(config: ml_collections.ConfigDict) -> None:
     is_transformer = model.core == 'transformer'
     if model.core in CORES and model.source == 'state':
         raise UserError(
-            f"config.model.source = 'state': config.model.core = {model.core!r} has no "
-            f"recurrent state per step. Try config.model.source = 'recurrent' or 'summary'"
+            f"config.model.source = 'state': expected a core with a recurrent state, but "
+            f"config.model.core = {model.core!r} has none. Try config.model.source = 'recurrent' "
+            f"or 'summary'"
         )
     if model.site == 'attention' and not is_transformer:
         raise UserError(
-            f"config.model.site = 'attention': config.model.core = {model.core!r} has no "
-            f"attention. Try config.model.core = 'transformer'"
+            f"config.model.site = 'attention': expected a core with attention, but "
+            f"config.model.core = {model.core!r} has none. Try config.model.core = 'transformer'"
         )
     if model.fusion.name in fusion.ONE_HOT and model.source != 'domain':
         raise UserError(
-            f'config.model.fusion.name = {model.fusion.name!r}: expected one-hot contexts. Try '
-            f"config.model.source = 'domain'"
+            f'config.model.fusion.name = {model.fusion.name!r}: expected one-hot contexts, '
+            f"which this fusion needs. Try config.model.source = 'domain'"
         )
 
     # Sizes of a Transformer.

@@ -38,7 +38,7 @@ def drop(rate: float, rates: Rates, x: Array, train: bool, time: int = 0) -> Arr
 
     Args:
       rate: fraction of the features to drop.
-      rates: dropout rates of the model, of which only `locked` is used.
+      rates: dropout rates of the model. Only `locked` is used.
       x: array [T, B, features], or [B, T, features] if `time` is 1.
       train: whether to drop features. Otherwise, x is returned unchanged.
       time: axis of the steps.

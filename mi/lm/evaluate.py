@@ -33,7 +33,7 @@ Scores = dict[str, Any]
 
 
 class Reading(NamedTuple):
-    """The protocol by which a text is read.
+    """The protocol for reading a text.
 
     Attributes:
       batch: number of parts or windows that are read in parallel.
@@ -122,7 +122,7 @@ def evaluate(
       model: the model.
       params: parameters of the model, [S, …].
       excerpt: the text.
-      reading: protocol by which the text is read.
+      reading: protocol for reading the text.
       mesh: mesh of devices, which divide the seeds and the batch.
       check: function called before each segment. It may raise an exception to end the evaluation.
 
@@ -181,7 +181,7 @@ def compile_segment(
     Args:
       model: the model.
       params: shapes and shardings of the parameters for all seeds.
-      reading: protocol by which the text is read.
+      reading: protocol for reading the text.
       has_domains: whether the model uses the domain of each token.
       mesh: mesh of devices.
     """

@@ -120,7 +120,7 @@ def _get_words(
 
 
 def _get_core(model: ml_collections.ConfigDict) -> Callable[..., nn.Module]:
-    """Return a constructor of the core, with the options for which the core has a field."""
+    """Return a constructor of the core, with the options that are fields of the core."""
     if model.core in CORES:
         module = CORES[model.core]
         options = {

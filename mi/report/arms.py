@@ -166,7 +166,7 @@ class Sweep:
         may be 'package.module:function', a metric that the reader has added to the records.
       curves: split of the learning curves.
       lower_is_better: direction of the metric.
-      baseline: label of the arm with which the others are compared, or None if there is none.
+      baseline: label of the arm to compare the others with, or None if there is none.
       arms: the arms, in the order of sweep.json.
       notes: remarks by the author of the sweep.
       command: command that launched the sweep.

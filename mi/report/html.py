@@ -189,7 +189,7 @@ def _class_attribute(*class_names: str) -> str:
 
 
 def _data_attribute(value: float | None, name: str = 'value') -> str:
-    """Return the attribute by which a cell is sorted. It is empty for None, which comes last."""
+    """Return the attribute with a cell's sort key. It is empty for None, which comes last."""
     return f' data-{name}="{"" if value is None else repr(float(value))}"'
 
 

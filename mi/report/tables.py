@@ -26,7 +26,7 @@ Item = TypeVar('Item')
 
 
 class Cell(NamedTuple):
-    """A cell, with its text, a smaller detail, and the value by which it is sorted."""
+    """A cell, with its text, a smaller detail, and its sort key."""
 
     main: str
     detail: str = ''

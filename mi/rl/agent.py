@@ -189,7 +189,7 @@ class Agent(nn.Module):
         return context_carry | core_carry, Outputs(logits, value)
 
     def initial_carry(self, batch_size: int) -> Carry:
-        """Return the all-zero carry with which an episode starts."""
+        """Return the all-zero initial carry of an episode."""
         carry: Carry = {}
         if self.core is not None:
             carry['core'] = self.core(parent=None).initial(batch_size)

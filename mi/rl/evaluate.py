@@ -253,7 +253,7 @@ def evaluate_seeds(
     Args:
       simulation, params, evaluation_keys: as in `play_episodes`.
       config: the section config.eval.
-      stops: function called before each policy is evaluated that returns whether to abort.
+      stops: function that returns whether to abort, called before each policy is evaluated.
 
     Returns:
       For each seed, suffix → record: '' for the sampled policy and, with `config.greedy`, '_greedy'

@@ -97,7 +97,7 @@ def play(
       params: parameters of the agent.
       rng_key: random key for the actions.
       limits: number of episodes per task, and limits on steps and time.
-      stops: function called before every step that returns whether to abort.
+      stops: function that returns whether to abort, called before every step.
 
     Raises:
       StoppedError: if `stops` returns True.

@@ -65,7 +65,7 @@ def update(
     beta: float = 3e-4,
     is_corrected: bool = True,
 ) -> Statistics:
-    """Move the moments of each task towards those of its targets.
+    """Move the moments of each task towards the moments of its targets.
 
         μ ← (1 − β_k) μ + β_k mean(v),   ν ← (1 − β_k) ν + β_k mean(v²),   β_k = β / (1 − (1 − β)^k)
 
@@ -135,7 +135,7 @@ def rescale(values: Array, task: Array, old: Statistics, new: Statistics) -> Arr
 
 
 def preserve(gain: Array, shift: Array, old: Statistics, new: Statistics) -> tuple[Array, Array]:
-    """Return the gain and the shift with which no value changes under the new statistics.
+    """Return the gain and the shift that preserve every value under the new statistics.
 
         gain ← gain σ / σ',   shift ← (σ shift + μ − μ') / σ'
 

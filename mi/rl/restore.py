@@ -19,7 +19,7 @@ def restore_params(
     """Return the parameters for evaluation of all seeds, [S, …], and their step.
 
     Raises:
-      UserError: if the directory has no complete checkpoint, or that of a different agent.
+      UserError: if the directory has no complete checkpoint, or one of a different agent.
     """
     checkpoints = checkpoint.Checkpoints(run_path / 'checkpoints', config.train.keep)
     newest, meta = checkpoints.newest()

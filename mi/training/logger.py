@@ -254,8 +254,8 @@ def refuse_non_finite(seeds: Sequence[int], step: int, measured: dict[str, np.nd
         if not np.isfinite(values_by_seed).all():
             bad_seed = seeds[int(np.argmin(np.isfinite(values_by_seed)))]
             raise UserError(
-                f'{metric_name} of seed {bad_seed} is not finite at step {step}; this state is '
-                f'not saved. {ADVICE}'
+                f'{metric_name} of seed {bad_seed} is not finite at step {step}, so this state '
+                f'is not saved. {ADVICE}'
             )
 
 
@@ -294,7 +294,7 @@ def refuse_broken_state(
             suffix = ', or its square,' if part_name == 'parameters' else ''
             raise UserError(
                 f'an entry of the {part_name}{suffix} of seed {bad_seed} is not finite at step '
-                f'{step}; this state is not saved. {ADVICE}'
+                f'{step}, so this state is not saved. {ADVICE}'
             )
 
 

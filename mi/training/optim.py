@@ -176,8 +176,8 @@ def _check_imported(config: ml_collections.ConfigDict, steps: int) -> None:
     missing = set(_list_required(constructor)) - {'learning_rate', *options}
     if missing:
         raise UserError(
-            f'config.optim.options: expected values of {" and ".join(sorted(missing))}, for which '
-            f'{name!r} has no defaults. Try setting them in --config.optim.options'
+            f'config.optim.options: expected values for {" and ".join(sorted(missing))}, because '
+            f'{name!r} has no defaults for them. Try setting them in --config.optim.options'
         )
 
     # What the update needs beside gradients, state and parameters.

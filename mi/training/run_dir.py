@@ -240,7 +240,7 @@ def _explain_storage_failure(path: pathlib.Path) -> Iterator[None]:
     except BaseException as error:  # orbax and others wrap the OSError in types of their own
         if failure := storage_failure(error):
             raise UserError(
-                f'--workdir={path}: {failure}; existing checkpoints are intact. Free some space, '
+                f'--workdir={path}: {failure}. Existing checkpoints are intact. Free some space, '
                 f'then run the same command to continue'
             ) from error
         raise

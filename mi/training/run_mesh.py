@@ -49,7 +49,7 @@ def choose_run_mesh_shape(config: ml_collections.ConfigDict, num_devices: int) -
 
 
 def count_mesh_seeds(config: ml_collections.ConfigDict) -> int:
-    """Return the number of seeds per program, which is one for agents with external actors."""
+    """Return the number of seeds per program, or 1 for agents with external actors."""
     has_seeds = config.task == 'lm' or config.train.topology == 'fused'
     return len(config.seeds) if has_seeds else 1
 

@@ -28,7 +28,7 @@ class RunState:
 
     Attributes:
       phase: phase of the run, from the list above.
-      reason: reason why the run failed, died or was stopped, or '' otherwise.
+      reason: reason why the run failed, died or was stopped, or ''.
     """
 
     phase: str

@@ -238,7 +238,7 @@ def batch_sharding(mesh: Mesh, axis: int, has_seeds: bool = False) -> NamedShard
     Args:
       mesh: mesh from `make_mesh`.
       axis: index of the axis B.
-      has_seeds: whether axis 0 is the axis of seeds, which is sharded over 'seed'.
+      has_seeds: whether axis 0 is the axis of seeds, sharded over 'seed'.
     """
     seed_axis = ('seed',) if has_seeds else ()
     return NamedSharding(mesh, PartitionSpec(*seed_axis, *[None] * (axis - len(seed_axis)), ROWS))

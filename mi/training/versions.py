@@ -75,7 +75,7 @@ def compare(file: pathlib.Path, step: int | None) -> dict[str, object]:
         if setting_name in previous and previous[setting_name] != current[setting_name]:
             raise UserError(
                 f'{setting_name} = {current[setting_name]!r}: expected {previous[setting_name]!r}, '
-                f'with which {file.parent} was started, because results would change. Try '
+                f'as when {file.parent} was started, because results would change. Try '
                 f'{setting_name.upper()}={previous[setting_name]}, or another --workdir'
             )
     if difference := describe_difference(previous, current):

@@ -234,7 +234,7 @@ def test_another_search_in_the_same_directory_is_refused_and_a_longer_one_is_not
 
     (tmp_path / 'sweep.json').write_text(json.dumps({**describe(), 'members': []}))
     assert describe(count=9)['space']['train.steps'] == '40'
-    with pytest.raises(UserError, match='holds a different sweep or search, whose space is not'):
+    with pytest.raises(UserError, match='holds a different sweep or search: its space differs'):
         describe(more="SPACE['model.width'] = integer(2, 32)")
 
 

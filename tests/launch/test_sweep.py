@@ -370,7 +370,7 @@ def test_what_is_no_sweep_is_refused(tmp_path):
     with pytest.raises(UserError, match='expected your own sweep file'):
         sweep.load(str(tmp_path / 'none.py'), tmp_path / 'runs')
     (tmp_path / 'empty.py').write_text('')
-    with pytest.raises(UserError, match='expected it to define CONFIG'):
+    with pytest.raises(UserError, match='expected the file to define CONFIG'):
         sweep.load(str(tmp_path / 'empty.py'), tmp_path / 'runs')
     with pytest.raises(UserError, match='the same overrides'):
         sweep.load(write_sweep(tmp_path, [{'model.site': 'none'}] * 2), tmp_path / 'runs')

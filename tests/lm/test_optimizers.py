@@ -142,8 +142,8 @@ def test_an_affine_function_of_all_copies_is_that_of_x():
     ('name', 'message'),
     [
         ('optax.contrib:momo', 'update also needs value'),
-        ('optax.contrib:dpsgd', 'expected values of l2_norm_clip and noise_multiplier and seed'),
-        ('optax.contrib:schedule_free', 'expected values of base_optimizer'),
+        ('optax.contrib:dpsgd', 'expected values for l2_norm_clip and noise_multiplier and seed'),
+        ('optax.contrib:schedule_free', 'expected values for base_optimizer'),
     ],
 )
 def test_an_optimizer_that_needs_more_is_refused(name, message):

@@ -235,7 +235,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_is_never_saved(tmp_path, tex
         'data.source': texts,
     })  # fmt: skip
     with pytest.raises(
-        UserError, match=r'of seed 0 is not finite at step \d+; this state is not saved'
+        UserError, match=r'of seed 0 is not finite at step \d+, so this state is not saved'
     ):
         train.train(config, str(tmp_path))
     status = json.loads((tmp_path / 'status.json').read_text())
@@ -259,7 +259,7 @@ def test_a_run_whose_last_update_breaks_the_parameters_has_not_succeeded(
             'optim.learning_rate': rate,
         }
     )
-    reason = r'(valid|parameters).* of seed 0 is not finite at step 1; this state is not saved'
+    reason = r'(valid|parameters).* of seed 0 is not finite at step 1, so this state is not saved'
     with pytest.raises(UserError, match=reason):
         train.train(config, str(tmp_path))
     assert json.loads((tmp_path / 'status.json').read_text())['state'] == 'failed'
@@ -270,7 +270,7 @@ def test_a_run_whose_last_update_breaks_the_parameters_has_not_succeeded(
 def test_broken_parameters_are_not_saved_where_nothing_is_evaluated(tmp_path, texts):
     changes = {'train.steps': 3, 'train.save_every': 1, 'train.eval_every': 10}
     changes |= {'optim.warmup_steps': 0, 'optim.learning_rate': 1e38}
-    reason = r'parameters.* of seed 0 is not finite at step 1; this state is not saved'
+    reason = r'parameters.* of seed 0 is not finite at step 1, so this state is not saved'
     with pytest.raises(UserError, match=reason):
         train.train(tiny(**{'data.source': texts, **changes}), str(tmp_path))
     assert not list(tmp_path.glob('checkpoints/0*'))

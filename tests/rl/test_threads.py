@@ -99,7 +99,7 @@ def test_what_a_worker_raises_at_once_ends_the_run():
 def test_a_hung_environment_ends_the_run():
     began = time.monotonic()
     with (
-        pytest.raises(UserError, match=r'no trajectory in 1 s from 1 actors'),
+        pytest.raises(UserError, match=r'1 actors: expected a trajectory within 1 s'),
         actors(worker(hangs_at=8), timeout=1.0) as running,
     ):
         for _ in range(1000):

@@ -132,4 +132,4 @@ class Corpus:
                     return byte_offset + count_bytes(piece, word_spans[num_tokens - 1][1])
                 num_tokens -= len(word_spans)
                 byte_offset += len(remove_line_ends(piece).encode())
-        raise ValueError(f'{self.name}: the split {split!r} has fewer tokens than requested')
+        raise ValueError(f'{self.name}: expected {num_tokens} more tokens in the split {split!r}')

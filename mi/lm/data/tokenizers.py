@@ -62,7 +62,7 @@ def _fit_bpe(vocab_size: int, pieces: Iterator[str]) -> tokenizers.Tokenizer:
 def _fit_words(
     level: Level, vocab_size: int, pieces: Iterator[str]
 ) -> tuple[tokenizers.Tokenizer, int]:
-    """Fit the `vocab_size` most frequent words, with <unk> in place of the rarest if needed."""
+    """Fit a vocabulary of the `vocab_size` most frequent words, which always includes <unk>."""
     tokenizer = tokenizers.Tokenizer(models.WordLevel({}, unk_token='<unk>'))
     if level == 'token':
         tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

@@ -147,7 +147,7 @@ def init_ray() -> types.ModuleType:
 
 
 def compute_cpus_per_actor(num_actors: int) -> float:
-    """Return the CPUs per actor, at most 1, with which Ray can start all actors.
+    """Return the CPUs per actor, at most 1, that let Ray start all actors.
 
     Raises:
       ArgumentError: if too few CPUs are free.
@@ -175,7 +175,7 @@ def compute_cpus_per_actor(num_actors: int) -> float:
 
 
 def divide_cpus(num_actors: int, free_cpus: Sequence[float]) -> float:
-    """Return the largest share of a CPU, 1/k, with which all actors fit on the nodes.
+    """Return the largest share of a CPU, 1/k, that lets all actors fit on the nodes.
 
     Args:
       num_actors: number of actors.

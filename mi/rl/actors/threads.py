@@ -108,7 +108,7 @@ class Actors:
         """Wait for the next trajectory. If a worker has failed, raise its exception.
 
         Args:
-          stops: function called while the queue is empty that returns whether to end the run.
+          stops: function that returns whether to end the run, called while the queue is empty.
 
         Returns:
           The trajectory, or None if the run should end and the queue is empty.
@@ -128,8 +128,9 @@ class Actors:
                 if time.monotonic() < deadline:
                     continue
                 raise ArgumentError(
-                    f'no trajectory in {self._timeout:g} s from {len(self._threads)} actors: an '
-                    f'environment hangs or is slow. Raise `timeout` if it is slow'
+                    f'{len(self._threads)} actors: expected a trajectory within '
+                    f'{self._timeout:g} s, but an environment hangs or is slow. Raise `timeout` '
+                    f'if it is slow'
                 ) from None
 
         # None marks a worker that failed.

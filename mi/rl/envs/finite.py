@@ -37,5 +37,5 @@ def make_error(description: str, value: str) -> UserError:
     """Return the error to raise for a value that is not finite."""
     return UserError(
         f'the environment {description} returned a {value}: expected finite float32 numbers. Fix '
-        f'or wrap the environment; no optimizer setting helps'
+        f'or wrap the environment, because no optimizer setting helps'
     )

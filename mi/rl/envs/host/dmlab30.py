@@ -257,7 +257,7 @@ class DMLab:
             except (EOFError, ConnectionResetError):
                 answer = 'its process died'
             if isinstance(answer, str):
-                raise UserError(f'{level}: {answer}; see docs/dmlab.md')
+                raise UserError(f'{level}: {answer}. See docs/dmlab.md')
             self._answers[row] = answer
 
         # Skipped rows repeat their last answer, with reward 0.
