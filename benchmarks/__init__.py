@@ -1,4 +1,4 @@
-"""Benchmarks, each with one command that prints a table of our code beside its peers."""
+"""Benchmarks, each with one command that prints a table of our code and its peers."""
 
 import os
 

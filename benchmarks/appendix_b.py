@@ -3,7 +3,7 @@
     taskset -c 0 python -m benchmarks.appendix_b
 
 In the ten lines, two linear maps of z generate W'(z) and b'(z), and W'(z) multiplies x. Both layers
-compute the same function of the same parameters in f32; see docs/appendix_b.md for the mapping. The
+compute the same function of the same parameters in f32. See docs/appendix_b.md for the mapping. The
 pass 'f' is the forward pass. 'fb' adds the gradients of all parameters, of x, and of z unless it is
 an id.
 

@@ -1,18 +1,18 @@
-"""Kernels, memory traffic and temporary memory of training steps on a GPU, beside plain Flax code.
+"""Kernels and memory use of training steps on a GPU, compared with plain Flax code.
 
     pip install -e '.[benchmark]' && python -m benchmarks.kernels --gpu_topology=h100:1
     python -m benchmarks.kernels                     # on the GPU of this machine, with times
 
-    lstm          embedding → LSTM → affine H → E → affine E → V; the peer is `nn.OptimizedLSTMCell`
+    lstm          embedding → LSTM → affine H → E → affine E → V. The peer is `nn.OptimizedLSTMCell`
                   in `nn.RNN`
-    transformer   pre-norm blocks with SwiGLU; the peer has `nn.MultiHeadDotProductAttention` and
+    transformer   pre-norm blocks with SwiGLU. The peer has `nn.MultiHeadDotProductAttention` and
                   learned positions
-    rl            one update of the fused program on XLand, 30 tasks; the peer is the plain loop of
+    rl            one update of the fused program on XLand, 30 tasks. The peer is the plain loop of
                   `benchmarks.plain_rl`
 
 With a topology, XLA compiles the program for that GPU without running it. Each kernel of the
 optimized HLO counts as one launch, multiplied by the number of loop iterations
-(`mi.estimate.program`). All sides of a set have the same sizes, batch, loss, clipping and Adam; the
+(`mi.estimate.program`). All sides of a set have the same sizes, batch, loss, clipping and Adam. The
 fusion `mi` adds its own products.
 
 `--where=SET/SIDE` lists the launches of one program by the source code that they come from.

@@ -3,13 +3,13 @@
     pip install -e '.[benchmark]' && python -m benchmarks.lm
 
     lstm          embedding → one LSTM layer → affine H → E → affine E → V, against nn.LSTM. `plain`
-                  uses automatic differentiation of our recurrence; `products` computes only the six
+                  uses automatic differentiation of our recurrence. `products` computes only the six
                   products of the layer, as if its gates cost nothing
     transformer   pre-norm blocks with RMSNorm, rotary positions and SwiGLU, against the same in
                   torch with scaled_dot_product_attention, eager and compiled
     cells         every cell of mi.cells against the plain LSTM
     fusions       every fusion at the encoder, at the decoder and at both, against concat at the
-                  same site; all have as many parameters as concat
+                  same site. All have as many parameters as concat
     loop          a run of the trainer with data, logs and checkpoints, against training steps alone
 
 All sides have mean cross-entropy, gradients through T steps with carried state, global-norm

@@ -7,7 +7,7 @@
     torch compiled    the same with torch.compile; requires --compile
     mi                the Transformer of configs/lm.py: RMSNorm, rotary positions, SwiGLU
 
-`--data` is a text file, such as tiny Shakespeare (github.com/karpathy/char-rnn); the default is the
+`--data` is a text file, such as tiny Shakespeare (github.com/karpathy/char-rnn). The default is the
 novels in the package. As in the recipe, the last tenth of the text is for validation. All sides
 have 0.8 million parameters, the same batches and learning rates, AdamW with weight decay on
 matrices, clipping by global norm, and f32 on all cores. They take turns (`benchmarks.rounds`). In a

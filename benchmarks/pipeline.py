@@ -8,7 +8,7 @@ stage waits for which:
 
 - A group simulates while its thread acts for the other groups. The thread serves the groups in turn
   and waits for each.
-- The queue is bounded. Threads wait while it is full; the first to wait is served first.
+- The queue is bounded. Threads wait while it is full. The first to wait is served first.
 - The learner dispatches updates without waiting for them. It publishes parameters before they are
   computed, so the first action with new parameters waits for their update. At most `max_in_flight`
   updates are pending.

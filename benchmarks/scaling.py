@@ -247,7 +247,7 @@ def _make_stages(system: System, job: Job, chip: Chip, share: float) -> pipeline
 
 
 def check_table() -> Table:
-    """Return a table of simulations beside real runs, from actors_cpu.json."""
+    """Return a table that compares simulations with real runs, from actors_cpu.json."""
     record = measurements.read_record('actors_cpu.json')
     table_rows = [['set', 'actors', '', 'steps/s', 'learner busy', 'lag', 'largest', 'actor waits']]
     for figure in record['figures']:

@@ -3,7 +3,7 @@
 The model is an LSTM on six Jane Austen novels, tokenized with 1024 byte pairs. The two arms only
 differ in the fusion of the token's embedding with a recurrent context. The size of the LSTM is
 adjusted so that both have the parameters of the concat arm. Seven seeds are trained together by
-vmap; if all of them agree in sign, p = 0.016.
+vmap. If all of them agree in sign, p = 0.016.
 
     make run
 

@@ -3,7 +3,7 @@
     python -m launch.slurm --sweep=experiments/lm_fusion.py --workdir=runs/lm_fusion \\
         --partition=gpu --gpus=1 --cores=8 --time=4:00:00 --parallel=16 --retries=1
 
-The command returns when the jobs are in the queue. `launch.status` shows their progress; with
+The command returns when the jobs are in the queue. `launch.status` shows their progress. With
 `--wait`, the command waits for them and writes the report. If you repeat the command, it resubmits
 members that are neither finished nor in the queue. The nodes must see the repository and the sweep
 directory at the same paths. The complete batch script is WORKDIR/slurm/sweep.sh.

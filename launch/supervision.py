@@ -169,7 +169,7 @@ class Stop(BaseException):
 def stop_on_error(watch: Watch, stop_all: Callable[[], None]) -> Iterator[Callable[[], None]]:
     """Stop all members and wait for them if the block raises an exception.
 
-    Yields the function from `defer_signals`. After `Stop`, the launcher exits with code 143; other
+    Yields the function from `defer_signals`. After `Stop`, the launcher exits with code 143. Other
     exceptions are raised again.
 
     Args:

@@ -108,9 +108,9 @@ def load(
       dry: whether to skip writing, because nothing will run.
 
     Raises:
-      UserError: if the file is not a sweep; a member sets a key that the config does not have;
-        BASELINE is not an arm; the runs will not record METRIC in SPLIT and CURVES; two members
-        train the same seed of an arm; or the directory holds a different sweep.
+      UserError: if the file is not a sweep, if a member sets a key that the config does not have,
+        if BASELINE is not an arm, if the runs will not record METRIC in SPLIT and CURVES, if two
+        members train the same seed of an arm, or if the directory holds a different sweep.
     """
     # Read the members and check them.
     module = load_module(file)

@@ -5,7 +5,7 @@ Convolutional Layers (ICLR 2020). K² heads with quadratic relative encoding can
 K × K convolution, with an error that vanishes for large α. Do they become a convolution in
 training? The data are the 1,797 images that are part of scikit-learn (the test set of Alpaydin &
 Kaynak, Optical Recognition of Handwritten Digits, UCI 1998), with a different split for each seed.
-Cordonnier et al. used CIFAR-10; the network and the training are ours.
+Cordonnier et al. used CIFAR-10. The network and the training are ours.
 
 A run with self-attention saves the centers Δ and the sharpness α of all heads before and after
 training. A run with convolutions saves its difference from the network that replaces each layer by

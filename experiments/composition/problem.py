@@ -29,7 +29,7 @@ Shapes: T tasks, E examples of each; x [T, E, n], c [T, M], z [T, m], y [T, E, k
 Source: Schug et al., Discovering Modular Solutions That Generalize Compositionally, ICLR 2024, for
 the linear hypernetwork as a teacher, for students with twice its hidden units and context features,
 for rings of pairs as connected or disconnected supports, and for contexts inferred by gradient
-descent. They infer contexts in an inner loop of training; vectors of parameters, the sets of test
+descent. They infer contexts in an inner loop of training. Vectors of parameters, the sets of test
 modules and the constants are ours.
 """
 

@@ -5,7 +5,7 @@
 
 Two networks, one for each of two targets, are trained simultaneously with ten seeds.
 
-Source: the hypothesis of Jayakumar et al. (ICLR 2020); all constants are ours.
+Source: the hypothesis of Jayakumar et al. (ICLR 2020). All constants are ours.
 """
 
 import ml_collections

@@ -12,7 +12,7 @@ A run spends most of its time on compilation, which the flag shortens.
 The report also has conditional.png, .pdf and .md, with both errors and their ratios to the best
 concatenation.
 
-Source: the hypothesis of Jayakumar et al. (ICLR 2020); the experiment is ours.
+Source: the hypothesis of Jayakumar et al. (ICLR 2020). The experiment is ours.
 """
 
 import pathlib

@@ -12,7 +12,7 @@ sets of five seeds.
 The sweep takes ten minutes on two cores. The report also has inclusion.png and .pdf, with the error
 against the number of parameters, and the errors of two networks on the plane of x and z.
 
-Source: the question of Jayakumar et al. (ICLR 2020), section on expressivity; the experiment is
+Source: the question of Jayakumar et al. (ICLR 2020), section on expressivity. The experiment is
 ours.
 """
 

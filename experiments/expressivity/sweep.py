@@ -1,6 +1,6 @@
 """Sweep that measures the size of networks that fit xᵀz, and two targets without a product.
 
-The networks have ReLU layers, the first of which fuses x with z by the fusion of the arm.
+The networks have ReLU layers, and the first layer fuses x with z by the fusion of the arm.
 Concatenation has one to three hidden layers. For each dimension of x and z, a bisection on the
 width finds the smallest network with a mean squared error of 0.1 on Gaussian inputs, at the best of
 three learning rates. Every arm is trained with two sets of five seeds.

@@ -14,7 +14,7 @@ The report also has SYSTEM.gif, with animations of true and predicted frames, ha
 and .pdf, with some of these frames and errors over time, and hamiltonian_frames.md, with all
 scores, their intervals, and ranks in each set of seeds.
 
-Source: Toth et al. (ICLR 2020); experiments/hamiltonian/frames.py lists the differences.
+Source: Toth et al. (ICLR 2020). experiments/hamiltonian/frames.py lists the differences.
 """
 
 import pathlib

@@ -13,11 +13,11 @@ function, at evenly spaced x. The network receives one of three contexts (`probl
     inferred     z = ψ(mean_j φ(x_j, y_j)) of a few examples, where φ and ψ are learned with the
                  network
 
-New tasks have K examples each; `Regression._evaluate_new` describes how they are learned.
+New tasks have K examples each. `Regression._evaluate_new` describes how they are learned.
 
 Shapes: T tasks, E examples of each; x, y [T, E], z [T, m].
 
-Source: the experiment and all constants are ours; see docs/paper.md.
+Source: the experiment and all constants are ours. See docs/paper.md.
 """
 
 import dataclasses

@@ -12,7 +12,7 @@ against the number of their examples. Every arm is trained with two sets of ten 
 The report also has regression.png, .pdf and .md, with errors against the number of examples, and
 regression_tasks.png and .pdf, with the predictions for single tasks.
 
-Source: the experiment is ours; see docs/paper.md.
+Source: the experiment is ours. See docs/paper.md.
 """
 
 import json

@@ -1,7 +1,7 @@
 """The training step of a language model, for one seed and for all seeds of a run.
 
-One program updates all seeds, vmapped over a leading axis of seeds; such arrays are marked [S, …].
-Several devices divide the seeds, the batches and, with `config.train.fsdp`, the parameters; see
+One program updates all seeds, vmapped over a leading axis of seeds. Such arrays are marked [S, …].
+Several devices divide the seeds, the batches and, with `config.train.fsdp`, the parameters. See
 `mi.training.sharding`.
 """
 

@@ -26,8 +26,8 @@ class ArmComparison:
       baseline, candidate: results of the arm in the two sweeps, or None if a sweep lacks the arm.
       difference: candidate − baseline, paired by seed.
       test: test of the difference, corrected for the number of arms that are not equal.
-      verdict: 'better', 'worse' or 'no difference seen'; 'equal' if every seed has the same bits;
-        'lost' if only the baseline has values; None if there is nothing to compare.
+      verdict: 'better', 'worse' or 'no difference seen', 'equal' if every seed has the same bits,
+        'lost' if only the baseline has values, or None if there is nothing to compare.
     """
 
     label: str

@@ -44,7 +44,7 @@ TOPOLOGIES = ('fused', 'threads', 'ray')
 
 
 def check_sites(sites: Any) -> str:
-    """Return '' for a tuple of distinct sites, otherwise a description of what was expected."""
+    """Return '' for a tuple of distinct sites, otherwise a description of valid values."""
     is_tuple = isinstance(sites, tuple | list)
     if is_tuple and len(set(sites)) == len(sites) and all(site in SITES for site in sites):
         return ''

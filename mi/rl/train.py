@@ -1,6 +1,6 @@
 """The entry point of training, which validates a config and runs the loop of its topology.
 
-Agent, loss and update (`mi.rl.learner`) are the same in all topologies; the actors differ:
+Agent, loss and update (`mi.rl.learner`) are the same in all topologies. The actors differ:
 
     fused     JAX environments; acting and learning are one program           mi.rl.fused
     threads   environments on the host, in threads with batched inference     mi.rl.actors.loop

@@ -1,6 +1,6 @@
 """Workers in Ray processes, on this host or on others, which are restarted when they die.
 
-RAY_ADDRESS names the cluster to connect to; without it, Ray starts on this host. Ray's object store
+RAY_ADDRESS names the cluster to connect to. Without it, Ray starts on this host. Ray's object store
 carries the parameters to the workers, once per update, and the trajectories back.
 """
 

@@ -8,7 +8,7 @@ A config can name an environment 'package.module:maker'. Python must be able to 
 either from the current directory or through PYTHONPATH.
 
 A `JaxEnvironment` plays one episode. It reports how the episode ended and returns its last
-observation; `mi.rl.envs.auto_reset` begins the next episode:
+observation, and `mi.rl.envs.auto_reset` begins the next episode:
 
     def step(self, state, action):
         x = state.x + action

@@ -1,6 +1,6 @@
 """Tokenizers that map instructions to int32 tokens [L], padded with 0 at the end.
 
-Words are lower-case runs of letters and digits; punctuation is ignored. There are two ways to
+Words are lower-case runs of letters and digits. Punctuation is ignored. There are two ways to
 number words: the closed vocabulary of BabyAI's grammar (Chevalier-Boisvert et al., 2019), and
 hashing for unknown vocabularies, as in IMPALA (Espeholt et al., 2018).
 """

@@ -8,7 +8,7 @@ padding; 'task'. Every action is repeated 4 times. Episodes end when their time 
 engine has no observation after that. As in scalable_agent, a new episode starts immediately.
 
 Levels, scores, the nine actions and the test levels are those of scalable_agent's dmlab30.py and
-environments.py (Espeholt et al., 2018; read at commit cd66d00); the fifteen actions are those of
+environments.py (Espeholt et al., 2018; read at commit cd66d00). The fifteen actions are those of
 sample_factory's dmlab_gym.py (Petrenko et al., 2020; read), after Hessel et al. (2019; not read).
 """
 

@@ -1,7 +1,7 @@
 """XLand-MiniGrid with many goals in one world, where the task selects the goal.
 
 Source: Nikulin et al., XLand-MiniGrid (NeurIPS 2024), package `xminigrid`. Tiles, actions, field of
-view, goals and reward are those of the package; tests/rl/envs/test_xland.py runs both side by side.
+view, goals and reward are those of the package. tests/rl/envs/test_xland.py runs both side by side.
 Only the step is rewritten, for speed: each tile is one number, all actions are one expression, only
 the goals in use are checked, and the layout of an episode is drawn without sorting. There are no
 rules. The tasks are ours and not one of the package's benchmarks, which require downloads.
