@@ -180,7 +180,9 @@ def run() -> None:
 
     # Check the flags and the sweep.
     if not INTERVAL.value:
-        raise UserError('--interval=STEPS is required: expected the steps between two comparisons')
+        raise UserError(
+            '--interval=STEPS is required: expected the number of steps between comparisons'
+        )
     file, workdir = cli.get_paths()
     members = sweep.load(file, workdir, 'pbt', dry=cli.DRY_RUN.value)
     configs = {member.name: sweep.parse_config(member.command) for member in members}

@@ -29,7 +29,9 @@ def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         raise UserError(f'unexpected argument {argv[1]!r}: expected flags as --NAME=VALUE')
     if not WORKDIR.value:
-        raise UserError('--workdir is required: expected the directory of a sweep or a run')
+        raise UserError(
+            '--workdir=DIRECTORY is required: expected the directory of a sweep or a run'
+        )
     workdir = pathlib.Path(WORKDIR.value)
     console = rich.console.Console()
     if not console.is_terminal:

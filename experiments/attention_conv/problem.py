@@ -8,8 +8,8 @@ Kaynak, Optical Recognition of Handwritten Digits, UCI 1998), with a different s
 Cordonnier et al. used CIFAR-10. The network and the training are ours.
 
 A run with self-attention saves the centers Δ and the sharpness α of all heads before and after
-training. A run with convolutions saves its difference from the network that replaces each layer by
-K² heads, for each α in the config, in f32 and in bf16.
+training. A run with convolutions saves its difference from the network that replaces each layer
+with K² heads, for each α in the config, in f32 and in bf16.
 """
 
 import dataclasses

@@ -1,1 +1,1 @@
-"""Learned Hamiltonians, which fuse positions and momenta."""
+"""Learned Hamiltonians that fuse positions and momenta."""

@@ -1,4 +1,4 @@
-"""Arms, which have the records of their seeds, and sweeps, which compare arms."""
+"""Arms, which hold the records of their seeds, and sweeps, which compare arms."""
 
 import dataclasses
 import math

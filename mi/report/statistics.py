@@ -124,7 +124,7 @@ def estimate_band(
     """
     num_seeds, num_steps = values.shape
     if num_seeds == 0 or not np.all(np.isfinite(values)):
-        raise ValueError('values: expected at least one seed and finite values')
+        raise ValueError('values: expected finite values for at least one seed')
     mean = values.mean(axis=0)
     if num_seeds == 1:
         return mean, None, None

@@ -94,7 +94,7 @@ def make_body(columns: Sequence[Column[Item]], items: Iterable[Item]) -> list[li
 
 
 def humanize(name: str) -> str:
-    """Replace underscores in a name by spaces: bits_per_byte → bits per byte."""
+    """Replace underscores in a name with spaces: bits_per_byte → bits per byte."""
     return name.replace('_', ' ')
 
 

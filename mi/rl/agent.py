@@ -70,8 +70,8 @@ class Context(NamedTuple):
     Attributes:
       z: [T, B, m], or int32 [T, B] if the fusion takes the index of a one-hot context.
       options: arguments of the fusion's constructor that describe z.
-      is_new: bool [T, B], whether z, an instruction, differs from that of the previous step or an
-        episode starts. None if z is not an instruction.
+      is_new: bool [T, B], whether an episode starts or z, an instruction, has changed since the
+        previous step. None if z is not an instruction.
     """
 
     z: Array

@@ -107,7 +107,7 @@ def count_evaluation_rows(
 def name_environment_keys(
     config_key: EnvironmentKey = 'env.name',
 ) -> contextlib.AbstractContextManager[None]:
-    """Replace argument names by config keys in errors about an environment and its actors."""
+    """Replace argument names with config keys in errors about an environment and its actors."""
     return name_config_keys(
         {
             'env_name': f'config.{config_key}',

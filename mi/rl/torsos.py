@@ -1,4 +1,4 @@
-"""Torsos, which map an observation to features.
+"""Torsos that map an observation to features.
 
 A torso maps an observation, name → array [T, B, …], to features [T, B, F].
 """

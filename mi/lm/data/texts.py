@@ -15,7 +15,7 @@ class DataError(ArgumentError):
     """An error in the files of a corpus, or in the arguments that name them.
 
     The message has one line. It puts the arguments of `mi.lm.data.token_store.load` in backticks,
-    so that a caller can replace them by the names of its own options.
+    so that a caller can replace them with the names of its own options.
     """
 
 

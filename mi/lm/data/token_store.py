@@ -9,8 +9,8 @@ is one of:
 - 'token': words separated by white space, for pretokenized corpora (WikiText, PTB).
 - 'file': the ids of a tokenizer.json of the tokenizers library, such as a pretrained tokenizer.
 
-The levels 'word' and 'token' end each line with <eos>, and replace words outside the vocabulary by
-<unk>.
+The levels 'word' and 'token' end each line with <eos>, and replace words outside the vocabulary
+with <unk>.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""Workers, which collect trajectories from environments stepped on the host.
+"""Workers that collect trajectories from environments stepped on the host.
 
 A worker has several groups of environments. While one group simulates, the policy serves another:
 
@@ -6,7 +6,7 @@ A worker has several groups of environments. While one group simulates, the poli
     group 1   policy  simulate ........ policy  simulate ........
 
 Trajectories have the same layout as those of `mi.rl.fused.rollout`. They include the steps after
-the end of an episode, whose actions are ignored, and mark them as not valid.
+the end of an episode, and mark them as not valid because their actions are ignored.
 """
 
 import functools

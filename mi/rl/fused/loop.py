@@ -375,12 +375,12 @@ def _check_counts(spec: Spec, counts: rollout.UnrollCounts) -> None:
 
 
 def unwrap_keys(state: TrainState) -> TrainState:
-    """Replace random keys in a state by their data, for checkpoints."""
+    """Replace random keys in a state with their data, for checkpoints."""
     return jax.tree.map(lambda a: jax.random.key_data(a) if _is_key(a) else a, state)
 
 
 def _wrap_keys(state: TrainState, like: TrainState) -> TrainState:
-    """Replace the data of random keys in a state by keys, which undoes `unwrap_keys`."""
+    """Replace the data of random keys in a state with keys, to undo `unwrap_keys`."""
     return jax.tree.map(lambda a, b: jax.random.wrap_key_data(a) if _is_key(b) else a, state, like)
 
 
