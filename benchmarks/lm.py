@@ -24,6 +24,7 @@ parameters (autocast in torch).
 
 import json
 import operator
+import os
 import statistics
 import tempfile
 import time
@@ -53,6 +54,7 @@ from mi.training import host, sharding
 ROUNDS = flags.DEFINE_integer('rounds', 7, 'Interleaved rounds.', lower_bound=1)
 ONLY = flags.DEFINE_list('only', None, 'Sets: lstm, transformer, cells, fusions, loop.')
 SIDE = flags.DEFINE_string('side', None, 'For the workers: set/size/side.')
+CPU_TIME = flags.DEFINE_bool('cpu_time', False, 'Measure the CPU time of one thread.')
 JSON = flags.DEFINE_string('json', None, 'JSON file to write the figures to.')
 
 DENSE_FUSIONS = [name for name in FUSIONS if name not in ONE_HOT]
@@ -378,14 +380,21 @@ def main(argv: Sequence[str]) -> None:
     """Compare the sides of every set, or serve as one of them."""
     del argv
     if SIDE.value:
-        rounds.serve(make_step(*SIDE.value.split('/')))
+        read_clock = time.process_time if CPU_TIME.value else time.perf_counter
+        rounds.serve(make_step(*SIDE.value.split('/')), read_clock=read_clock)
         return
+    if CPU_TIME.value:  # for the workers
+        os.environ['OMP_NUM_THREADS'] = '1'
+        os.environ['XLA_FLAGS'] += ' --xla_cpu_multi_thread_eigen=false'
     print(f'{host.describe_machine()}, jax {jax.__version__}')
     figures: list[dict[str, Any]] = []
     for set_name in ONLY.value or SIZES:
         for size_name, sizes in SIZES[set_name].items():
             commands = {
-                side: ['-m', 'benchmarks.lm', f'--side={set_name}/{size_name}/{side}']
+                side: [
+                    *('-m', 'benchmarks.lm', f'--side={set_name}/{size_name}/{side}'),
+                    f'--cpu_time={CPU_TIME.value}',
+                ]
                 for side in SIDES[set_name]
             }
             seconds = rounds.race(commands, ROUNDS.value)

@@ -19,25 +19,30 @@ Result = TypeVar('Result')
 PAUSE = 0.3  # seconds until the threads of the previous side have stopped spinning
 
 
-def serve(step: Callable[[], object], seconds: float = 0.7) -> None:
+def serve(
+    step: Callable[[], object],
+    seconds: float = 0.7,
+    read_clock: Callable[[], float] = time.perf_counter,
+) -> None:
     """Time a round of steps for every line on stdin, in the process of a side.
 
     Args:
       step: function that runs one step, or runs several and returns their number as a float.
       seconds: approximate duration of a round.
+      read_clock: clock of the measurement.
     """
     step()  # compile
-    num_calls, start_time = 0, time.perf_counter()
-    while time.perf_counter() < start_time + seconds:  # the first ones may wait for queued work
+    num_calls, start_time = 0, read_clock()
+    while read_clock() < start_time + seconds:  # the first ones may wait for queued work
         step()
         num_calls += 1
     print('ready', flush=True)
     for _ in sys.stdin:
         step()
-        start_time = time.perf_counter()
+        start_time = read_clock()
         results = [step() for _ in range(num_calls)]
         num_steps = sum(result if isinstance(result, float) else 1 for result in results)
-        print((time.perf_counter() - start_time) / num_steps, flush=True)
+        print((read_clock() - start_time) / num_steps, flush=True)
 
 
 def serve_turns(take_turn: Callable[[], object]) -> None:
