@@ -1,4 +1,4 @@
-"""Converters for attention, which multiplies tokens, and then weights and values."""
+"""Converters for attention, which first multiplies tokens, and then weights and values."""
 
 from typing import NamedTuple
 
@@ -25,7 +25,7 @@ SOFTMAX = 'the softmax of the scores, and the affine maps of values and output'
 
 
 class _TokenMap(NamedTuple):
-    """Tokens [..., n] and an affine map of them for each head, A [n, H, d] and c [H, d]."""
+    """Tokens [..., n], and an affine map for each head with A [n, H, d] and c [H, d]."""
 
     description: str
     tokens: Array
@@ -43,7 +43,7 @@ def convert_attention(  # noqa: PLR0913 - `as_mi` passes the arguments of the mo
     decode: bool = False,
     deterministic: bool = True,
 ) -> Composition:
-    """Convert attention to the product of its scores and the product of its mix.
+    """Convert attention to the products that compute its scores and its mix.
 
     In the scores, x is the key token and z the query token. There is one output per head, with W_h
     = A_q A_kᵀ / √d. The biases of queries and keys give U, V and b. With 'relative' positions, u is
@@ -58,7 +58,7 @@ def convert_attention(  # noqa: PLR0913 - `as_mi` passes the arguments of the mo
     The arguments are those of the module's call.
 
     Raises:
-      ValueError: if `decode` is set, or dropout is active.
+      ValueError: if `decode` is True, or dropout is active.
     """
     if decode or (module.dropout and not deterministic):
         raise ValueError(
@@ -81,7 +81,7 @@ def convert_gated_cross_attention(
     *,
     deterministic: bool = True,
 ) -> Composition:
-    """Convert to the products of the attention, and the product of tanh(a) and its output."""
+    """Convert gated cross-attention to its attention's products, and tanh(a) times the output."""
     params = variables['params']
     inner = _convert_inner(module, params, x, z, mask, deterministic)
     gate = Product(
@@ -106,7 +106,7 @@ def convert_latent_cross_attention(
     *,
     deterministic: bool = True,
 ) -> Composition:
-    """Convert to the products of the attention, with the latents as query tokens."""
+    """Convert latent cross-attention like `Attention`, with the latents as query tokens."""
     params = variables['params']
     x, z = align_tokens(params['latents'], z)
     inner = _convert_inner(module, params, x, z, mask, deterministic)
@@ -116,7 +116,7 @@ def convert_latent_cross_attention(
 def convert_convolutional_self_attention(
     module: ConvolutionalSelfAttention, variables: Variables, x: Array
 ) -> Composition:
-    """Convert to the scores, where x = r_δ and z = v_h, and to the mix over all positions."""
+    """Convert convolutional self-attention to its scores, with x = r_δ and z = v_h, and its mix."""
     params = variables['params']
     Delta, alpha = params['Delta'], params['alpha']
     *leading, num_rows, num_columns, input_size = x.shape
@@ -214,7 +214,7 @@ def _compute_scores(
 
 
 def _get_positions(x: Array, z: Array) -> tuple[Array, Array]:
-    """Return the positions of queries and keys; the last query and the last key coincide."""
+    """Return the positions of queries and keys, where the last query and last key coincide."""
     num_queries, num_keys = x.shape[-2], z.shape[-2]
     return jnp.arange(num_queries) + num_keys - num_queries, jnp.arange(num_keys)
 

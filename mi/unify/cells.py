@@ -29,7 +29,7 @@ _NO_NORMS: Params = MappingProxyType({})
 def convert_lstm(
     module: LSTM, variables: Variables, carry: Carry, x: Array, reset: Array | None = None
 ) -> Composition:
-    """Convert to the products of the three gates."""
+    """Convert an LSTM step to the products of its three gates."""
     params = variables['params']
     (c, h), x_t = _take_step(carry, x, reset)
     gate_inputs = x_t @ params['W'] + h @ params['U'] + params['b'][None]
@@ -44,7 +44,7 @@ def convert_mlstm(
     x: Array,
     reset: Array | None = None,
 ) -> Composition:
-    """Convert to m, a low-rank form of x and h, and the products of the three gates."""
+    """Convert an mLSTM step to m, a low-rank form of x and h, and the products of its gates."""
     params = variables['params']
     (c, h), x_t = _take_step(carry, x, reset)
     intermediate = Product(
@@ -63,7 +63,7 @@ def convert_mlstm(
 def convert_mi_lstm(
     module: MILSTM, variables: Variables, carry: Carry, x: Array, reset: Array | None = None
 ) -> Composition:
-    """Convert to the pre-activations, which have all four terms, and the products of the gates."""
+    """Convert an MI-LSTM step to its pre-activations, with all four terms, and gate products."""
     params = variables['params']
     (c, h), x_t = _take_step(carry, x, reset)
     gate_inputs = Product(
@@ -84,7 +84,7 @@ def convert_mi_lstm(
 def convert_mogrifier(
     module: MogrifierLSTM, variables: Variables, carry: Carry, x: Array, reset: Array | None = None
 ) -> Composition:
-    """Convert to one pointwise product per round, and the products of the three gates."""
+    """Convert a Mogrifier step to one pointwise product per round, and its gates' products."""
     params = variables['params']
     (c, h), x_t = _take_step(carry, x, reset)
     # Rounds alternate: h gates x in odd rounds, x gates h in even ones.
@@ -117,7 +117,7 @@ def convert_mogrifier(
 def convert_hyper_lstm(
     module: HyperLSTM, variables: Variables, carry: HyperCarry, x: Array, reset: Array | None = None
 ) -> Composition:
-    """Convert to the hypernetworks α(z) ⊙ x W and α(z) ⊙ h U, and the products of all gates."""
+    """Convert a HyperLSTM step to α(z) ⊙ x W, α(z) ⊙ h U, and the products of all its gates."""
     params = variables['params']
     (c, h, hyper_c, hyper_h), x_t = _take_step(carry, x, reset)
     embedding_size, features = module.embedding, module.features
@@ -165,7 +165,7 @@ def convert_hyper_lstm(
 
 
 def _take_step(carry: Sequence[Array], x: Array, reset: Array | None) -> tuple[list[Array], Array]:
-    """Return the carry, with zeros where `reset`, and x_t [B, n], the only step of the sequence."""
+    """Return the carry, with zeros where `reset` is True, and x_t [B, n] of the only step."""
     if x.shape[0] != 1:
         raise ValueError(f'as_mi converts one step of a cell: expected x [1, B, n], got {x.shape}')
     if reset is not None:

@@ -26,9 +26,9 @@ class Product:
       name: name of the result, such as 'gate' or 'scores'.
       x_is, z_is: descriptions of the streams.
       x: the input of the product, [..., n].
-      z: the context of the product, [..., m]; leading axes broadcast.
+      z: the context of the product, [..., m]. Leading axes broadcast.
       W: the tensor of the interaction, [m, n, k].
-      U, V, b: the other terms, [m, k], [n, k] and [k]; None for zeros.
+      U, V, b: the other terms, [m, k], [n, k] and [k], or None for zeros.
     """
 
     name: str
@@ -65,8 +65,8 @@ class Composition:
     Attributes:
       products: the products in the order of the computation.
       output: the output of the module.
-      around: a description of the operations around the products, such as 'softmax of the scores';
-        '' if there are none.
+      around: a description of the operations around the products, such as 'softmax of the scores',
+        or '' if there are none.
     """
 
     products: tuple[Product, ...]

@@ -13,7 +13,7 @@ from mi.unify.normalization import convert_conditional_layer_norm
 
 
 def convert_gate(module: Gate, variables: Variables, x: Array, z: Array) -> Composition:
-    """Convert to the product of the gate and an affine map of x."""
+    """Convert a sigmoid gate to its product with an affine map of x."""
     params = variables['params']
     x, z = align_streams(x, z)
     gate = 2 * nn.sigmoid(map_affine(params['gate'], z))
@@ -51,7 +51,7 @@ def convert_concat_mlp(module: ConcatMLP, variables: Variables, x: Array, z: Arr
 
 
 def convert_multi_head(module: MultiHead, variables: Variables, x: Array, z: Array) -> Composition:
-    """Convert to the full form; z is one-hot, or holds integer ids."""
+    """Convert a multi-head read-out to the full form, for one-hot z or integer ids."""
     params = variables['params']
     if jnp.issubdtype(z.dtype, jnp.integer):
         z = one_hot(z, params['U'].shape[0], x.dtype)
@@ -64,7 +64,7 @@ def convert_multi_head(module: MultiHead, variables: Variables, x: Array, z: Arr
 def convert_feature_attention(
     module: FeatureAttention, variables: Variables, x: Array, z: Array
 ) -> Composition:
-    """Convert to the scores, a low-rank form, and the product of their softmax and the values."""
+    """Convert feature attention to low-rank scores, and the product of their softmax and values."""
     params = variables['params']
     form = params['scores']
     scores = Product(

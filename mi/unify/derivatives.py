@@ -28,8 +28,8 @@ def convert_affine(
 ) -> Composition:
     """Convert a module (x, z) → y that is affine in x and in z, for `as_mi`.
 
-    Integers z are ids of one-hot contexts, as in `mi.layers`. If the field `dtype` of the module is
-    less precise than f32, the module is differentiated in f32.
+    An integer z holds ids of one-hot contexts, as in `mi.layers`. If the field `dtype` of the
+    module is less precise than f32, the module is differentiated in f32.
     """
     module_name = type(module).__name__
     function, x, z = _get_function(module, variables, args, kwargs)
@@ -173,7 +173,7 @@ def _draw_probes(input_size: int, context_size: int, dtype: DTypeLike) -> tuple[
 
 
 def _measure_error(product: Product, expected: Array) -> Array:
-    """Return the largest error of any row of the product, relative to the largest term of the row.
+    """Return the product's largest error in any row, relative to the largest term in that row.
 
     The error is not relative to the output, because of the rounding errors of terms that cancel.
     """

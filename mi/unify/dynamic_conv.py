@@ -21,7 +21,7 @@ def convert_lightweight_convolution(
     mask: Array | None = None,
     deterministic: bool = True,
 ) -> Composition:
-    """Convert to window · kernel, with the same kernel at all positions; ignores DropConnect."""
+    """Convert a lightweight convolution to window · kernel, ignoring DropConnect."""
     kernel = jax.nn.softmax(variables['params']['W'])
     kernel = expand_rank(kernel, x.ndim + 1)
     return _multiply_windows(module, x, kernel, mask, 'the kernel of the head, a parameter')
@@ -35,7 +35,7 @@ def convert_dynamic_convolution(
     mask: Array | None = None,
     deterministic: bool = True,
 ) -> Composition:
-    """Convert to window · kernel, where the kernel depends on the context; ignores DropConnect."""
+    """Convert a dynamic convolution to window · kernel(z), ignoring DropConnect."""
     source = 'the input' if z is None else 'the context'
     z_is = f'the kernel of the position, a softmax of a linear map of {source} there'
     x, z = align_streams(x, x if z is None else z)
@@ -47,7 +47,7 @@ def convert_dynamic_convolution(
 def convert_conditional_convolution(
     module: ConditionalConvolution, variables: Variables, x: Array, z: Array | None = None
 ) -> Composition:
-    """Convert to gᵀK window + gᵀb, where W stacks the experts and U their biases."""
+    """Convert CondConv to gᵀK window + gᵀb, where W stacks the experts and U stacks the biases."""
     params = variables['params']
     z = x.mean((1, 2)) if z is None else z
     g = nn.sigmoid(z @ params['G'] + params['a'][None])

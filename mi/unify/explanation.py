@@ -22,8 +22,8 @@ def explain(module: nn.Module, variables: Variables, *args: Any, **kwargs: Any) 
 
     For every product, the report lists the streams, the sizes m, n, k, the nonzero terms, the form
     of W, and the numerical ranks of its three unfoldings m × nk, n × mk and k × mn. It ends with
-    the number of parameters, the FLOPs of the products in the module's call, and the size of the
-    parameters, inputs and outputs in bytes.
+    the number of parameters, the FLOPs of the products in the module's call, and the bytes of the
+    parameters, inputs and outputs.
 
     Args:
       module, variables, *args, **kwargs: as for `mi.unify.as_mi`.
@@ -94,7 +94,7 @@ def _describe_product(product: Product) -> list[str]:
 
 
 def _compute_ranks(W: np.ndarray) -> list[tuple[int, int]]:
-    """Return the rank of each unfolding of W, with the largest rank that its shape allows."""
+    """Return the rank of each unfolding, with the largest rank that its shape allows."""
     ranks = []
     for axis in range(3):
         unfolded = np.moveaxis(np.asarray(W, np.float64), axis, 0).reshape(W.shape[axis], -1)

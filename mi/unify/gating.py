@@ -38,7 +38,7 @@ def convert_gated_linear_unit(
 def convert_gated_feed_forward(
     module: GatedFeedForward, variables: Variables, x: Array, deterministic: bool = True
 ) -> Composition:
-    """Convert to the product of the gated linear unit, with C multiplied into W, U, V and b.
+    """Convert a gated feed-forward layer to one product, with C multiplied into W, U, V and b.
 
     Raises:
       ValueError: if dropout is enabled, because its mask cannot be drawn again.
@@ -62,7 +62,7 @@ def convert_gated_feed_forward(
 def convert_highway(
     module: Highway, variables: Variables, x: Array, z: Array | None = None
 ) -> Composition:
-    """Convert to T ⊙ H, and to (1 − T) ⊙ x, whose W and V have −1 and 1 on the diagonal."""
+    """Convert a highway layer to T ⊙ H and (1 − T) ⊙ x, with diagonals of −1 in W and 1 in V."""
     params = variables['params']
     x, z = align_streams(x, x if z is None else z)
     pointwise = make_pointwise(x.shape[-1])
@@ -78,7 +78,7 @@ def convert_highway(
 def convert_squeeze_excitation(
     module: SqueezeExcitation, variables: Variables, x: Array, mask: Array | None = None
 ) -> Composition:
-    """Convert to s ⊙ x, where s depends on x."""
+    """Convert squeeze-and-excitation to s ⊙ x, where s depends on x."""
     params = variables['params']
     valid = expand_mask(x, mask)
     num_valid = valid.sum(module.axes, keepdims=True).clip(1)

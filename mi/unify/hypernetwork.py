@@ -1,4 +1,4 @@
-"""Converters for hypernetworks, which use that W'(z)x + b'(z) = zᵀWx + zᵀU + Vx + b."""
+"""Converters for hypernetworks, based on W'(z)x + b'(z) = zᵀWx + zᵀU + Vx + b."""
 
 import dataclasses
 import functools
@@ -28,7 +28,7 @@ LAYERS: dict[type[nn.Module], tuple[str, str]] = {Affine: ('V', 'b'), nn.Dense: 
 def convert_linear_hypernetwork(
     module: LinearHypernetwork, variables: Variables, x: Array, z: Array
 ) -> Composition:
-    """Convert to a single product, whose W, U, V and b are the parameters."""
+    """Convert a linear hypernetwork to one product, whose W, U, V and b are its parameters."""
     params = variables['params']
     product = Product(
         'generated layer',
@@ -47,7 +47,10 @@ def convert_linear_hypernetwork(
 def convert_mlp_hypernetwork(
     module: MLPHypernetwork, variables: Variables, x: Array, z: Array
 ) -> Composition:
-    """Convert to the product of the head; with chunks, z is the h of all chunks and W is banded."""
+    """Convert an MLP hypernetwork to the product of its head.
+
+    With chunks, z is the concatenated h of all chunks, and W is banded.
+    """
     params = variables['params']
     x, z = align_streams(x, z)
     hidden = _compute_hidden(params['hidden'], module.activation, z)
@@ -68,7 +71,7 @@ def convert_mlp_hypernetwork(
 def convert_hypernetwork(
     module: Hypernetwork, variables: Variables, x: Array, z: Array
 ) -> Composition:
-    """Convert to one product for each Dense or Affine layer of the target.
+    """Convert a hypernetwork to one product for each Dense or Affine layer of its target.
 
     Raises:
       ValueError: if the target has no such layer.

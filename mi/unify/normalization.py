@@ -22,7 +22,7 @@ from mi.unify.composition import Composition, Params, Product, Variables, make_d
 def convert_feature_wise_modulation(
     module: FeatureWiseModulation, variables: Variables, x: Array, z: Array
 ) -> Composition:
-    """Convert (1 + γ(z)) ⊙ x + β(z), where W and V are diagonal, and U and b are those of β."""
+    """Convert (1 + γ(z)) ⊙ x + β(z), where W and V are diagonal, and U and b are from β."""
     product = _make_modulation(variables['params'], 'the input', x, z)
     return Composition((product,), product())
 
@@ -30,7 +30,7 @@ def convert_feature_wise_modulation(
 def convert_conditional_layer_norm(
     module: ConditionalLayerNorm, variables: Variables, x: Array, z: Array
 ) -> Composition:
-    """Convert to the modulation of x after normalization over its features."""
+    """Convert conditional layer norm to the modulation of the normalized x."""
     product = _make_modulation(
         variables['params']['modulation'],
         'the input, normalized over its features',
@@ -49,7 +49,7 @@ def convert_conditional_batch_norm(
     *,
     mask: Array | None = None,
 ) -> Composition:
-    """Convert to the modulation of x after normalization by running or single-device statistics."""
+    """Convert conditional batch norm to a modulation, with running or single-device statistics."""
     if nn.merge_param('use_running_average', module.use_running_average, use_running_average):
         running = variables['batch_stats']['norm']
         statistics = (running['mean'], running['var'])
@@ -71,7 +71,7 @@ def convert_conditional_batch_norm(
 def convert_ada_ln_zero(
     module: AdaLNZero, variables: Variables, x: Array, z: Array, *args: object, **kwargs: object
 ) -> Composition:
-    """Convert to the modulation before F, and to g(z) ⊙ F after it."""
+    """Convert adaLN-Zero to the modulation before F, and to g(z) ⊙ F after it."""
     # The affine maps of silu(z) that give shift, scale and gate.
     head = variables['params']['head']
     shift_V, scale_V, gate_V = jnp.split(head['V'], 3, axis=-1)

@@ -10,7 +10,7 @@ from mi.unify.composition import Composition, Product, Variables
 
 
 def convert_mlb(module: MLB, variables: Variables, x: Array, z: Array) -> Composition:
-    """Convert to a product of the two tanh with W[i, i, k] = O[i, k]."""
+    """Convert MLB to a product of its two tanh with W[i, i, k] = O[i, k]."""
     params = variables['params']
     x, z = align_streams(x, z)
     product = Product(
@@ -28,7 +28,7 @@ def convert_mlb(module: MLB, variables: Variables, x: Array, z: Array) -> Compos
 def convert_mfb(
     module: MFB, variables: Variables, x: Array, z: Array, deterministic: bool = True
 ) -> Composition:
-    """Convert to a product with W[i, j, k] = Σ_f P[i, (k, f)] Q[j, (k, f)]."""
+    """Convert MFB to a product with W[i, j, k] = Σ_f P[i, (k, f)] Q[j, (k, f)]."""
     if not deterministic:
         raise ValueError('as_mi requires a call of MFB without dropout. Try deterministic=True')
     window_shape = module.features, module.factors
@@ -43,7 +43,7 @@ def convert_mfb(
 
 
 def convert_mutan(module: MUTAN, variables: Variables, x: Array, z: Array) -> Composition:
-    """Convert to a product, where W is a core with slices of rank R times P, Q and O."""
+    """Convert MUTAN to a product, where W is a core with slices of rank R times P, Q and O."""
     params = variables['params']
     core = jnp.einsum('rac,rbc->abc', params['M'], params['N'])
     W = jnp.einsum('ia,jb,abc,ck->ijk', params['P'], params['Q'], core, params['O'])
@@ -52,7 +52,7 @@ def convert_mutan(module: MUTAN, variables: Variables, x: Array, z: Array) -> Co
 
 
 def convert_block(module: BLOCK, variables: Variables, x: Array, z: Array) -> Composition:
-    """Convert to a product, where W is a block-superdiagonal core times P, Q and O."""
+    """Convert BLOCK to a product, where W is a block-superdiagonal core times P, Q and O."""
     params = variables['params']
     cubes = jnp.einsum('drac,drbc->dabc', params['M'], params['N'])
     core = jnp.zeros((params['O'].shape[0],) * 3)
@@ -68,7 +68,7 @@ def convert_block(module: BLOCK, variables: Variables, x: Array, z: Array) -> Co
 def convert_compact_bilinear(
     module: CompactBilinear, variables: Variables, x: Array, z: Array
 ) -> Composition:
-    """Convert to W[i, j, k] = scale · sign_i sign_j where hash_i + hash_j ≡ k, and 0 elsewhere."""
+    """Convert compact pooling: W[i, j, k] = scale · sign_i sign_j if hash_i + hash_j ≡ k, or 0."""
     features = module.features
     hash_z, sign_z, hash_x, sign_x = module.draw_hashes(z.shape[-1], x.shape[-1])
     is_target = jax.nn.one_hot((hash_z[:, None] + hash_x[None, :]) % features, features)

@@ -80,7 +80,7 @@ CONVERTERS: dict[type[nn.Module], Callable[..., Composition]] = {
     BLOCK: pooling.convert_block,
     CompactBilinear: pooling.convert_compact_bilinear,
 }
-"""Converters by class; a subclass uses the converter of its nearest base class.
+"""Converters by class. A subclass uses the converter of its nearest base class.
 
 A converter takes (module, variables, *inputs) and returns a `Composition`. To add one, assign
 `CONVERTERS[MyModule] = convert_my_module`.

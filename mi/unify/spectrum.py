@@ -36,7 +36,7 @@ def compute_effective_rank(singular_values: 'ArrayLike') -> float:
 
 
 def compute_stable_rank(singular_values: 'ArrayLike') -> float:
-    """Return ‖A‖²_F / ‖A‖²₂ = Σσ² / max σ², the stable rank; 0 for a matrix of zeros.
+    """Return ‖A‖²_F / ‖A‖²₂ = Σσ² / max σ², the stable rank, or 0 for a matrix of zeros.
 
     Source: Rudelson & Vershynin, Sampling from large matrices, J. ACM 2007.
     """
@@ -97,7 +97,7 @@ class Eigen(NamedTuple):
 
     Attributes:
       values: the eigenvalues, [d].
-      vectors: the eigenvectors, [d, d]; column i belongs to value i.
+      vectors: the eigenvectors, [d, d]. Column i belongs to value i.
     """
 
     values: np.ndarray
@@ -107,7 +107,7 @@ class Eigen(NamedTuple):
 def decompose_output(
     W: 'ArrayLike', output: 'int | ArrayLike', *, is_same_stream: bool = False
 ) -> Eigen:
-    """Return the eigenvalues and eigenvectors of the symmetrized slice of an output.
+    """Return the eigenvalues and eigenvectors of an output's symmetrized slice.
 
     For an output direction u, the slice is A = Σ_c u_c W[:, :, c]. If x and z are the same stream,
     the quadratic form is xᵀSx with S = (A + Aᵀ) / 2, and d = n. If they are different streams, the
@@ -182,7 +182,7 @@ def compare_contexts(
     Args:
       W: the tensor, [m, n, k].
       contexts: z [C, m], or integer ids [C] of one-hot contexts, such as tasks.
-      V: the shared weights, [n, k]; None to compare zᵀW, which only depends on the context.
+      V: the shared weights, [n, k]. If None, zᵀW is compared, which only depends on the context.
 
     Raises:
       ValueError: if the shapes do not match, or an id is not in [0, m).

@@ -1,4 +1,4 @@
-"""Conversion of the variables of a form of `mi.layers` to its tensors W, U, V and b."""
+"""Conversion of variables from modules in `mi.layers` to the tensors W, U, V and b."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -16,7 +16,7 @@ class Tensors(NamedTuple):
 
     Attributes:
       W: the tensor of the interaction, [m, n, k].
-      U, V, b: the other terms, [m, k], [n, k] and [k]; None for a term that the module does not
+      U, V, b: the other terms, [m, k], [n, k] and [k], or None for a term that the module does not
         have.
     """
 
@@ -40,7 +40,7 @@ class Tensors(NamedTuple):
 
 
 def compute_tensors(variables: Variables) -> Tensors:
-    """Return W, U, V and b of a form of `mi.layers`.
+    """Return W, U, V and b for the variables of a module from `mi.layers`.
 
     The form is inferred from the names and shapes of the parameters. W [m, n, k] is the full form
     or `MultiHead`, W [g, m, ⌈n/g⌉, ⌈k/g⌉] the block form, W [m, n] the diagonal form, and W [m, 1]
@@ -76,14 +76,14 @@ def compute_tensors(variables: Variables) -> Tensors:
     elif W is None or W.ndim != 3:
         shapes = {name: array.shape for name, array in params.items()}
         raise ValueError(
-            f'expected the variables of a form of mi.layers, with W or P, Q, O (got the '
-            f'parameters {shapes or sorted(variables)}). Try mi.as_mi(module, variables, x, z)'
+            f'variables with the parameters {shapes or sorted(variables)}: expected those of a '
+            f'module from mi.layers. Try mi.as_mi(module, variables, x, z)'
         )
     return Tensors(W, params.get('U'), params.get('V'), params.get('b'))
 
 
 def _expand_blocks(params: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Return W [m, n, k] of the block form, without the padding of its last block."""
+    """Return W [m, n, k] for the block form, without the padding in its last block."""
     num_blocks, context_size, block_inputs, block_outputs = params['W'].shape
     W = np.zeros((context_size, num_blocks * block_inputs, num_blocks * block_outputs))
     for index, block in enumerate(params['W']):
