@@ -210,7 +210,7 @@ def test_wrong_arguments_are_refused(arguments, message):
 def test_forms_without_a_cheaper_one_are_refused():
     x, z = normal(2, N), normal(2, M)
     variables = mi.DiagonalMultiplicativeInteraction().init(prng.key(0), x, z)
-    with pytest.raises(ValueError, match=r'got a diagonal or scalar form'):
+    with pytest.raises(ValueError, match=r'because a diagonal or scalar form'):
         mi.compress(variables, rank=2)
     pytest.importorskip('tensorly')
     with pytest.raises(ValueError, match=r'W is zero: expected at least one nonzero entry'):

@@ -17,7 +17,7 @@ from mi.compress.forms import compress as compress
 
 
 class _CallablePackage(types.ModuleType):
-    """A callable package: importing it replaces the function `mi.compress` with the package."""
+    """A callable package, because importing it replaces the function `mi.compress`."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Compressed:
         return compress(*args, **kwargs)

@@ -29,9 +29,9 @@ OUT = flags.DEFINE_string('out', None, 'Run directory to write, new or empty.')
 FORM = flags.DEFINE_enum('form', 'cp', list(FORMS), 'Form of the compressed layers.')
 RANK = flags.DEFINE_integer('rank', None, 'Rank of the forms cp and tucker.')
 CALIBRATION = flags.DEFINE_integer(
-    'calibration', 0, 'Number of inputs, from the data of the run, at which outputs are fitted.'
+    'calibration', 0, "Number of inputs, from the run's data, at which outputs are fitted."
 )
-BLOCKS = flags.DEFINE_integer('blocks', None, 'Number of blocks of the form block.')
+BLOCKS = flags.DEFINE_integer('blocks', None, 'Number of blocks for --form=block.')
 
 
 def main(argv: list[str], changes: list[overrides.Override]) -> None:
@@ -60,7 +60,7 @@ def main(argv: list[str], changes: list[overrides.Override]) -> None:
 
 
 def run() -> None:
-    """Parse the command line and run; report a user error on one line and exit with code 1."""
+    """Parse the command line and run. On a user error, print one line and exit with code 1."""
     changes: list[overrides.Override] = []
 
     def parse(argv: list[str]) -> list[str]:

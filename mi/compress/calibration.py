@@ -1,4 +1,4 @@
-"""Calibration of a compressed layer, which fits its outputs to those of the trained layer."""
+"""Calibration of a compressed layer, which fits its outputs to the trained layer's outputs."""
 
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -68,7 +68,7 @@ def _make_loss(
     z: jax.Array,
     target: jax.Array,
 ) -> Callable[[jax.Array], tuple[jax.Array, jax.Array]]:
-    """Return a function of flat parameters: the relative squared error, and its gradient."""
+    """Return a function from flat parameters to the relative squared error and its gradient."""
     scale = jnp.maximum(jnp.square(target).sum(), jnp.finfo(target.dtype).tiny)
 
     def compute_loss(flat: jax.Array) -> jax.Array:

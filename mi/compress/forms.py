@@ -67,8 +67,8 @@ def compress(
       form: 'cp', 'tucker' or 'block'.
       rank: r, the rank of 'cp' and 'tucker'. 'cp' is exact for r ≥ min(mn, mk, nk).
       blocks: g, the number of blocks of 'block'.
-      inputs: calibration inputs x [..., n] and z [..., m], or integer ids z [...]; None to
-        approximate W.
+      inputs: calibration inputs x [..., n] and z [..., m], or integer ids z [...]. If None, only W
+        is approximated.
 
     Raises:
       ValueError: if the form is unknown, its size is missing, or `variables` have no W [m, n, k].
@@ -83,8 +83,8 @@ def compress(
     tensors = compute_tensors(variables)
     if np.ndim(variables['params'].get('W', 0.0)) == 2:
         raise ValueError(
-            'expected a layer with W [m, n, k]; got a diagonal or scalar form, which is already '
-            'smaller than any compressed one'
+            'variables: expected those of a layer with W [m, n, k], because a diagonal or scalar '
+            'form is already smaller than any compressed form'
         )
 
     # Compress, in the dtype of the given parameters.
@@ -121,7 +121,7 @@ def _decompose(W: np.ndarray, form: Form, size: int) -> Factors:
 
 
 def _get_blocks(W: np.ndarray, num_blocks: int) -> np.ndarray:
-    """Return the diagonal blocks [g, m, ⌈n/g⌉, ⌈k/g⌉]; the last one is padded with zeros."""
+    """Return the diagonal blocks [g, m, ⌈n/g⌉, ⌈k/g⌉], padding the last one with zeros."""
     _, input_size, output_size = W.shape
     rows, columns = -(-input_size // num_blocks), -(-output_size // num_blocks)
     padding = (0, 0), (0, num_blocks * rows - input_size), (0, num_blocks * columns - output_size)
@@ -133,7 +133,7 @@ def _get_blocks(W: np.ndarray, num_blocks: int) -> np.ndarray:
 
 
 def _decompose_cp(W: np.ndarray, rank: int) -> Factors:
-    """Return P [m, r], Q [n, r] and O [r, k]; the factors of each component have equal norms."""
+    """Return P [m, r], Q [n, r] and O [r, k], where each component's factors have equal norms."""
     factors = _expand_exactly(W, rank)
     if factors is None:
         _, factors = _call_tensorly(
@@ -158,7 +158,7 @@ def _decompose_cp(W: np.ndarray, rank: int) -> Factors:
 
 
 def _expand_exactly(W: np.ndarray, rank: int) -> list[np.ndarray] | None:
-    """Return factors [m, r], [n, r], [k, r] that equal W exactly; None if the rank is too low.
+    """Return exact factors [m, r], [n, r], [k, r] of W, or None if the rank is too low.
 
     There is one component for each pair of indices along the two smaller axes, and its third factor
     is the vector of W at these indices. Further components are zero.

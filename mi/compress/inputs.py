@@ -27,7 +27,7 @@ MIN_STEPS = 100  # of an agent's environments, so that not all rows are the star
 
 
 class Recorder:
-    """A recorder of the inputs of fusions while a model runs; it also works in loops and under jit.
+    """A recorder of the inputs that fusions receive while a model runs, even in loops or under jit.
 
     Args:
       sites: the fusions to record.
@@ -44,7 +44,7 @@ class Recorder:
             yield
 
     def count(self) -> int:
-        """Return the smallest number of rows of any site."""
+        """Return the smallest number of rows recorded at any site."""
         jax.effects_barrier()
         return min((sum(len(x) for x, _ in rows) for rows in self._rows.values()), default=0)
 
@@ -89,7 +89,7 @@ class Recorder:
         )
 
     def _append(self, path: tuple[str, ...], x: Any, z: Any) -> None:
-        """Add the rows of one call; leading axes are broadcast as in the layer."""
+        """Add the rows of one call, broadcasting leading axes as the layer does."""
         x, z = np.asarray(x), np.asarray(z)
         z_axes = z.shape if np.issubdtype(z.dtype, np.integer) else z.shape[:-1]
         axes = np.broadcast_shapes(x.shape[:-1], z_axes)
@@ -100,14 +100,14 @@ class Recorder:
 
 
 def draw_inputs(trained: Trained, num_rows: int) -> Iterator[dict[tuple[str, ...], Rows]]:
-    """Yield the inputs of a run's fusions by path, for one seed after the other.
+    """Yield the inputs of a run's fusions by path, one seed at a time.
 
     A language model reads its validation text as in an evaluation. An agent acts in its
     environment, in `config.actors.batch` rows, for at least 100 steps.
 
     Args:
       trained: the run.
-      num_rows: number of rows for each fusion; there are fewer if the text is too short.
+      num_rows: number of rows for each fusion, or fewer if the text is too short.
 
     Raises:
       UserError: if the run does not call its fusions.
@@ -119,7 +119,7 @@ def draw_inputs(trained: Trained, num_rows: int) -> Iterator[dict[tuple[str, ...
             advance(trained.get_seed_params(seed_index), num_rows)
             if not recorder.count():
                 raise UserError(
-                    '--calibration: expected a run that calls its fusions; none of them received '
+                    '--calibration: expected a run that calls its fusions, but no fusion received '
                     'an input'
                 )
             yield recorder.take(num_rows)
@@ -183,5 +183,5 @@ def _act(trained: Trained, recorder: Recorder) -> Iterator[Advance]:
 
 
 def _to_float64(z: np.ndarray) -> np.ndarray:
-    """Convert a dense context to float64; return ids unchanged."""
+    """Convert a dense context to float64, but leave ids unchanged."""
     return z if np.issubdtype(z.dtype, np.integer) else z.astype(np.float64)

@@ -71,12 +71,12 @@ def compress_run(
 
     Args:
       workdir: directory of the run.
-      out: directory of the new run; must be empty or not exist.
+      out: directory of the new run, which must be empty or not exist.
       form: as in `mi.compress`.
       size: rank of the forms 'cp' and 'tucker', or number of blocks of 'block'.
       changes: overrides of other config keys, such as the learning rate.
-      calibration: number of calibration inputs of each fusion, at which the outputs are fitted.
-        They are drawn by `mi.compress.inputs`. 0 approximates W instead.
+      calibration: number of inputs per fusion at which the outputs are fitted, as drawn by
+        `mi.compress.inputs`. 0 approximates W instead.
 
     Raises:
       UserError: if a fusion does not have a W [m, n, k], `out` is not empty, or the config with its
@@ -106,7 +106,7 @@ def compress_run(
 def make_config(
     trained: Trained, form: Form, size: int, changes: Sequence[overrides.Override]
 ) -> ml_collections.ConfigDict:
-    """Return the config of the new run, which is the old config with the compressed fusion."""
+    """Return a copy of the config with the compressed fusion and the changes, for the new run."""
     # The fusions of a model are of one form, so they have the same terms.
     module = _check_sites(trained)[0].module
     options = get_options(trained.config.model.fusion, 'options')
@@ -132,7 +132,7 @@ def make_config(
 
 
 def _check_sites(trained: Trained) -> tuple[Site, ...]:
-    """Return the sites of a run; raise UserError unless all have a W [m, n, k]."""
+    """Return the sites of a run after checking that each one has a W [m, n, k]."""
     fusion_name = trained.config.model.fusion.name
     for site in trained.sites:
         if not isinstance(site.module, MultiplicativeInteraction) or not site.module.use_W:
@@ -151,7 +151,7 @@ def _check_sites(trained: Trained) -> tuple[Site, ...]:
 def _compress_params(
     trained: Trained, form: Form, size: int, calibration: int
 ) -> tuple[Params, list[CompressedSite]]:
-    """Compress every site; return the parameters of all seeds, [S, …], and the errors."""
+    """Compress every site, and return the parameters of all seeds, [S, …], and the errors."""
     sizes: dict[str, Any] = {'blocks' if form == 'block' else 'rank': size}
     results: list[CompressedSite] = []
     params_by_seed = []
@@ -222,7 +222,7 @@ def _start_rl(config: ml_collections.ConfigDict, params: Params, run_path: pathl
 
 
 def _place(tree: Any, like: Any) -> Any:
-    """Place a tree on devices like another one; raise ValueError if structures or shapes differ."""
+    """Place a tree on the devices of another one, which must have the same structure and shapes."""
     shapes, expected = (
         {jax.tree_util.keystr(path): jnp.shape(leaf) for path, leaf in jax.tree.leaves_with_path(a)}
         for a in (tree, like)

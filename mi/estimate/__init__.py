@@ -1,1 +1,1 @@
-"""Estimates of the cost and the memory of a config's run, without running it."""
+"""Estimates of a run's cost and memory from its config, without running it."""

@@ -182,8 +182,9 @@ def main(argv: Sequence[str]) -> None:
         arguments, changes = overrides.split(argv)
         positional = flag_values(arguments)
         if not config_file.value or len(positional) > 1:
-            raise UserError('expected --config=FILE; the other flags are --config.KEY=VALUE, '
-                            '--topology, --eval, --json and --nocompile')  # fmt: skip
+            raise UserError('the command line is invalid: expected --config=FILE, and optionally '
+                            '--config.KEY=VALUE, --topology, --eval, --json and '
+                            '--nocompile')  # fmt: skip
         if (topology.value or evaluates.value) and not compiles.value:
             raise UserError(
                 '--nocompile: expected no --topology or --eval, which require compilation. '

@@ -37,10 +37,10 @@ Costs = dict[str, Any]  # a JSON object
 def estimate_costs(config: ml_collections.ConfigDict) -> Costs:
     """Return the cost of a config's run.
 
-    - 'parameters': {'model': …, 'fusion': …} of one seed, as in cost.json;
-    - 'flops_per_token', '…_step' (of an environment) or '…_example': likewise, for a forward pass;
-    - 'steps': number of training steps; 'seeds': number of seeds that train simultaneously;
-    - 'units': tokens, environment steps or examples per training step and seed;
+    - 'parameters': {'model': …, 'fusion': …} of one seed, as in cost.json.
+    - 'flops_per_token', '…_step' (of an environment) or '…_example': likewise, for a forward pass.
+    - 'steps', 'seeds': numbers of training steps, and of seeds that train simultaneously.
+    - 'units': tokens, environment steps or examples per training step and seed.
     - 'flops': FLOPs per training step and seed, forward and backward, plus acting in RL.
 
     A search (task 'search') chooses the sizes of its models itself, so its costs are only 'steps'

@@ -38,8 +38,8 @@ def report(
     """Return a report on the training step per device and, optionally, on the evaluation.
 
     - 'devices': 'kind', 'count', 'hosts', 'idle' (devices without work), 'mesh' (devices per axis),
-      'memory' (bytes per device; None if unknown, as on a CPU);
-    - 'fits': whether all programs fit into the memory; None if unknown;
+      'memory' (bytes per device, or None if unknown, as on a CPU).
+    - 'fits': whether all programs fit into the memory, or None if unknown.
     - 'programs': results of `measure` for 'step' and 'evaluation', with these additions. 'share' is
       the ratio of the FLOPs to those on one device, ideally 1 / 'parts'. 'one_device' describes the
       program on one device. For 'step', 'updates' is the number of updates per call.
@@ -47,7 +47,7 @@ def report(
     Args:
       config: a config of any task but 'search'.
       devices: the devices that share the work.
-      single_device: a device of the same kind to compare with; defaults to the first device.
+      single_device: a device of the same kind to compare with. Defaults to the first device.
       evaluates: whether to include 'evaluation'.
 
     Raises:
@@ -96,7 +96,7 @@ def _measure_programs(
     single_device: jax.Device,
     memory_limit: int | None,
 ) -> dict[str, tuple[Report, Report]]:
-    """Measure each program on all devices and on one; if both are the same, it is compiled once."""
+    """Measure each program on all devices and on one, compiling it once if both are the same."""
     measurements = {}
     # Two threads, because a compiler keeps about one core busy.
     with futures.ThreadPoolExecutor(2) as threads:
@@ -113,7 +113,7 @@ def _measure_programs(
 
 
 def _describe_devices(devices: Sequence[jax.Device], mesh: jax.sharding.Mesh) -> Report:
-    """Return the entry 'devices' of `report`; devices outside of the mesh are idle."""
+    """Return the entry 'devices' of `report`, where devices outside of the mesh are idle."""
     return {
         'kind': devices[0].device_kind,
         'count': len(devices),
@@ -138,19 +138,19 @@ def measure(compile_program: Compiler, device: jax.Device, memory_limit: int | N
     """Compile a program and return the cost of one call per device.
 
     - 'flops', 'bytes_accessed', 'kernels', 'bytes_sent', 'unknown_loops', 'uncounted_calls': see
-      `program.Program`;
+      `program.Program`.
     - 'collectives': a list with the 'kind', 'count', 'group' and 'bytes' of each collective, and
-      the 'bytes_sent' by all its executions;
-    - 'arguments', 'outputs', 'in_place', 'temporaries', 'peak': bytes, as in `memory.measure`;
-    - 'fits': whether peak ≤ memory_limit. If the program does not fit, the compiler can refuse it;
-      then 'error' is the compiler's message, and all numbers are None;
+      the 'bytes_sent' by all its executions.
+    - 'arguments', 'outputs', 'in_place', 'temporaries', 'peak': bytes, as in `memory.measure`.
+    - 'fits': whether peak ≤ memory_limit. If the program does not fit, the compiler can refuse it.
+      Then 'error' is the compiler's message, and all numbers are None.
     - 'seconds': time of the kernels, as estimated by a TPU's compiler, without waiting for
-      collectives; None on other devices, whose compilers do not estimate it.
+      collectives. It is None on other devices, whose compilers do not estimate it.
 
     Args:
       compile_program: function that compiles the program and returns it.
       device: one of the program's devices.
-      memory_limit: bytes of memory per device; None if unknown.
+      memory_limit: bytes of memory per device, or None if unknown.
     """
     # Compile; running out of memory is a result too.
     try:
@@ -197,8 +197,8 @@ def _report_refusal(error: jax.errors.JaxRuntimeError) -> Report:
     message = str(error)
     if 'Unknown opcode' in message:
         raise UserError(
-            f'--topology: expected the version of libtpu for jax {jax.__version__}; jaxlib '
-            'cannot read the programs of the installed version. Try '
+            f'--topology: expected the version of libtpu for jax {jax.__version__}, because '
+            'jaxlib cannot read the programs of the installed version. Try '
             f'{suggest_install("tpu")}'
         ) from error
     if OUT_OF_MEMORY not in message:

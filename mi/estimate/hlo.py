@@ -14,7 +14,7 @@ OPERAND = re.compile(r'%([\w.\-]+)')
 
 
 class Shape(NamedTuple):
-    """An array; on a TPU, `space` is 0 for main memory and 1 for the core's vector memory."""
+    """An array. On a TPU, `space` is 0 for main memory and 1 for the core's vector memory."""
 
     dtype: str
     dims: tuple[int, ...]
@@ -46,7 +46,7 @@ class Instruction(NamedTuple):
       result: the result type as HLO text, in parentheses if it is a tuple.
       opcode: 'dot', 'fusion', 'all-gather-start', …
       operands: names of the operands.
-      arguments: the text between the parentheses; used for constants and parameters.
+      arguments: the text between the parentheses, used for constants and parameters.
       attributes: the text after the closing parenthesis.
     """
 
@@ -59,7 +59,7 @@ class Instruction(NamedTuple):
 
     @property
     def shapes(self) -> tuple[Shape, ...]:
-        """Return the arrays of the result; for an asynchronous start, of the final result."""
+        """Return the arrays of the result, which for an asynchronous start is the final result."""
         result = self.result
         if self.opcode == 'copy-start':
             result = split_tuple(result)[0]
@@ -74,7 +74,7 @@ class Instruction(NamedTuple):
 
     @property
     def operation(self) -> str | None:
-        """Return the JAX operation with its modules, 'jit(step)/core/dot_general', or None."""
+        """Return the JAX operation and its modules, as 'jit(step)/core/dot_general', or None."""
         match = re.search(r'op_name="([^"]*)"', self.attributes)
         return match[1] if match else None
 
@@ -89,14 +89,14 @@ class Instruction(NamedTuple):
         return tuple(re.findall(r'[\w.\-]+', match[1])) if match else ()
 
     def branches(self) -> tuple[str, ...]:
-        """Return the computations of a conditional, in the order of its operands."""
+        """Return a conditional's computations, in the order of its operands."""
         return self.called('branch_computations') or (
             *self.called('true_computation'),
             *self.called('false_computation'),
         )
 
     def option(self, attribute: str) -> str:
-        """Return the value of a simple attribute, such as direction=LT or index=3; '' if absent."""
+        """Return the value of an attribute, such as direction=LT or index=3, or '' if absent."""
         match = re.search(rf'\b{attribute}="?([^,"\s]*)', self.attributes)
         return match[1] if match else ''
 
@@ -160,7 +160,10 @@ def parse(hlo_text: str) -> Module:
             instructions[instruction.name] = instruction
             root_name = instruction.name if match[1] or not root_name else root_name
     if not entry_name:
-        raise ValueError('expected the text of optimized HLO with an ENTRY computation')
+        raise ValueError(
+            'the HLO text has no ENTRY computation: expected an optimized module. Try '
+            'compiled.as_text()'
+        )
     num_devices = device_counts.get('partitions', 1) * device_counts.get('replicas', 1)
     return Module(computations, entry_name, num_devices)
 
@@ -187,7 +190,7 @@ def _closing(text: str, start: int) -> int:
 
 
 def split_tuple(text: str) -> list[str]:
-    """Return the elements of a tuple's text; for example, '((f32[2], s32[]), f32[3,4])' has two."""
+    """Split the text of a tuple, such as '((f32[2], s32[]), f32[3,4])', into its elements."""
     if not text.startswith('('):
         return [text]
     elements, depth = [''], 0
@@ -201,7 +204,7 @@ def split_tuple(text: str) -> list[str]:
 
 
 def parse_shapes(text: str) -> tuple[Shape, ...]:
-    """Return the arrays in the text of a type; dynamic sizes are replaced by their bounds."""
+    """Return the arrays in a type's text, with dynamic sizes replaced by their bounds."""
     shapes = []
     for dtype, dims, layout in ARRAY.findall(text):
         space = re.search(r'S\((\d+)\)', layout)
@@ -215,7 +218,7 @@ def _integers(text: str) -> tuple[int, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class Counter:
-    """A scalar in a loop: element `index` of the state that its body is called with, + `offset`."""
+    """A scalar in a loop: element `index` of the state that its body receives, plus `offset`."""
 
     index: int
     offset: int

@@ -13,7 +13,7 @@ NO_TRAFFIC = {'AllocateBuffer', 'Sharding', 'SPMDFullToShardShape', 'SPMDShardTo
 
 
 def get_estimated_cycles(instruction: hlo.Instruction) -> int:
-    """Return a TPU compiler's estimate of the cycles of a kernel, or 0 if there is none.
+    """Return the cycles that a TPU compiler estimates for a kernel, or 0 if there is no estimate.
 
     The compiler writes the largest int64 for kernels without an estimate, such as those that a v6e
     offloads to its sparse cores.
@@ -42,7 +42,7 @@ class Memory:
     def _read(
         self, computation: hlo.Computation, operand: str, user: hlo.Instruction, position: int
     ) -> int:
-        """Return the bytes of an operand that a user of it reads."""
+        """Return the bytes that an instruction reads from one of its operands."""
         source = computation.instructions[operand]
         operand_bytes = _size(source.shapes)
         # Slices and updates touch a part of it, a fusion what its own instructions read.
@@ -95,12 +95,12 @@ class Memory:
 
 
 def _size(shapes: tuple[hlo.Shape, ...], anywhere: bool = False) -> int:
-    """Return the total bytes of arrays in main memory, or in any memory if `anywhere`."""
+    """Return the total bytes of arrays in main memory, or in any memory if `anywhere` is True."""
     return sum(shape.bytes for shape in shapes if anywhere or shape.is_in_main_memory)
 
 
 def count_product_flops(computation: hlo.Computation, instruction: hlo.Instruction) -> int | None:
-    """Return the FLOPs of a dot, a convolution, or a library call for one; None for other calls."""
+    """Return the FLOPs of a dot, a convolution or a library call for one, or None for others."""
     operand_shapes = computation.operand_shapes(instruction)
     target = instruction.target
     if instruction.opcode == 'dot':
@@ -126,7 +126,7 @@ def count_product_flops(computation: hlo.Computation, instruction: hlo.Instructi
 
 
 def _matmul_flops(instruction: hlo.Instruction, lhs: hlo.Shape, contracted: tuple[int, ...]) -> int:
-    """Return the FLOPs of a product that sums over the contracted axes of its left operand."""
+    """Return the FLOPs of a product that sums over the left operand's contracted axes."""
     return 2 * instruction.shapes[0].size * math.prod(lhs.dims[axis] for axis in contracted)
 
 

@@ -39,7 +39,7 @@ class RunPrograms(NamedTuple):
       mesh: the devices of the programs.
       updates: number of updates per call of the compiled training program.
       compile: function that compiles the training program: one step, or all steps of one record.
-      compile_evaluation: function that compiles the evaluation program; None if there is none.
+      compile_evaluation: function that compiles the evaluation program, or None if there is none.
     """
 
     state: dict[str, chex.ArrayTree]
@@ -52,10 +52,10 @@ class RunPrograms(NamedTuple):
 def estimate_memory(config: ml_collections.ConfigDict, compiles: bool = True) -> costs.Costs:
     """Return the memory of a config's run, in bytes.
 
-    - 'parameters', 'optimizer', 'other': the state of all seeds;
-    - 'checkpoint': their sum, before compression;
+    - 'parameters', 'optimizer', 'other': the state of all seeds.
+    - 'checkpoint': their sum, before compression.
     - 'step': {'arguments', 'outputs', 'in_place', 'temporaries', 'peak'} per device of the compiled
-      step, if `compiles`. 'in_place' are the arguments that are overwritten by outputs, and
+      step, if `compiles` is True. 'in_place' are the arguments that are overwritten by outputs, and
       peak = arguments + outputs − in_place + temporaries.
 
     Raises:
@@ -75,7 +75,8 @@ def make_programs(config: ml_collections.ConfigDict, devices: Devices = None) ->
 
     Args:
       config: a config of any task but 'search'.
-      devices: the devices that share the work, which need not be present; None for those present.
+      devices: the devices that share the work, which need not be present. Defaults to all present
+        devices.
 
     Raises:
       UserError: if the config is invalid, or is a search, which chooses its models during the run.
@@ -96,7 +97,7 @@ def make_programs(config: ml_collections.ConfigDict, devices: Devices = None) ->
 
 
 def measure(compiled: jax.stages.Compiled) -> dict[str, int] | None:
-    """Return the memory of a program per device, as in `estimate_memory`; None if unknown."""
+    """Return a program's memory per device, as in `estimate_memory`, or None if unknown."""
     analysis = compiled.memory_analysis()
     if analysis is None:
         return None

@@ -40,12 +40,12 @@ NO_KERNEL = {
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """A collective of a program, with its number of executions; identical ones are merged.
+    """Identical collectives of a program, with their number of executions.
 
     Attributes:
       kind: kind of the collective, one of `KINDS`.
       count: number of executions in one run of the program.
-      bytes: size of the output of one execution on each device.
+      bytes: output size of one execution on each device.
       group: number of devices that communicate with each other.
     """
 
@@ -56,7 +56,7 @@ class Collective:
 
     @property
     def total(self) -> int:
-        """Return the bytes of the outputs of all executions."""
+        """Return the output bytes of all executions."""
         return self.count * self.bytes
 
     @property
@@ -67,21 +67,21 @@ class Collective:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """The cost of one run of a compiled program per device.
+    """The cost per device for one run of a compiled program.
 
     Attributes:
       flops: FLOPs of products and convolutions, 2·a·b·c for [a, b] and [b, c]. Products that the
         compiler turns into elementwise operations, such as those with a vector, are not counted.
       bytes_accessed: bytes of main memory that kernels read and write. A kernel that slices an
         array only reads the slice. Arrays in the vector memory of a TPU are not counted.
-      cycles: cycles of all kernels, as estimated by a TPU's compiler; None on other devices.
+      cycles: cycles of all kernels, as estimated by a TPU's compiler, or None on other devices.
       collectives: the collectives, sorted by total size, largest first. Those of a single device
         send nothing and are omitted.
       kernels: number of launches by opcode ('fusion', 'custom-call', 'dot', 'copy', …), not
         counting instructions inside other kernels.
-      sources: number of launches, and bytes read and written, of the kernels that end in each JAX
-        operation, by the name of the operation with its modules.
-      unknown_loops: loops whose trip count depends on data; their bodies count once.
+      sources: for each JAX operation, named with its modules, the number of launches and the bytes
+        accessed by the kernels that end in it.
+      unknown_loops: loops whose trip count depends on data, so that their bodies count once.
       uncounted_calls: targets of custom calls whose products, if any, are not in `flops`.
     """
 
@@ -123,7 +123,9 @@ def analyze(compiled: jax.stages.Compiled) -> Program:
     """
     hlo_text = compiled.as_text()
     if hlo_text is None:
-        raise ValueError('expected an executable that provides its HLO as text')
+        raise ValueError(
+            'the executable has no HLO text: expected one compiled by XLA. Try another backend'
+        )
     return analyze_text(hlo_text)
 
 
@@ -150,7 +152,7 @@ def analyze_text(hlo_text: str) -> Program:
 
 @dataclasses.dataclass
 class _Tally:
-    """Sums over the instructions of a computation and of the computations that it calls."""
+    """Sums over the instructions in a computation and in the computations that it calls."""
 
     flops: int = 0
     bytes_accessed: int = 0
@@ -300,7 +302,7 @@ def _group(instruction: hlo.Instruction, num_devices: int) -> int:
 
 
 def _is_continued(computation: hlo.Computation, instruction: hlo.Instruction) -> bool:
-    """Return whether a TPU only continues a collective here, which started elsewhere."""
+    """Return whether an instruction only continues a collective that a TPU started elsewhere."""
     if 'async_collective_fusion_config' not in instruction.attributes:
         return False
     calls = computation.instructions.values()

@@ -1,4 +1,4 @@
-"""Devices to compile for that need not be present: TPU slices and hosts of NVIDIA GPUs, by name.
+"""Descriptions of TPU slices and NVIDIA GPUs, to compile for devices that are not present.
 
     devices = topologies.describe('v5e:4x4')
     mesh = parallel.mesh(seeds, batch, devices=devices)
@@ -6,7 +6,7 @@
 
 XLA's compilers run without the devices. The compiled programs cannot be executed here, but they
 show how much memory they need, what they send, and which kernels they launch. TPUs require the
-package libtpu, from the extra `tpu`, and GPUs the CUDA plugin, from the extra `cuda`.
+package libtpu, from the extra `tpu`, and GPUs require the CUDA plugin, from the extra `cuda`.
 """
 
 import contextlib
@@ -135,7 +135,7 @@ def describe_one(name: str) -> jax.Device:
 
 
 def get_memory(device: jax.Device) -> int | None:
-    """Return the bytes of a device's memory for programs; None if unknown, as on a CPU."""
+    """Return the bytes of device memory for programs, or None if unknown, as on a CPU."""
     chips: list[Tpu | Gpu] = [*TPUS.values(), *GPUS.values()]
     for chip in chips:
         if chip.kind == device.device_kind:
@@ -147,7 +147,7 @@ def get_memory(device: jax.Device) -> int | None:
 
 
 def get_clock(device: jax.Device) -> float | None:
-    """Return the clock of a TPU in XLA's cycles per second; None for other devices."""
+    """Return the clock of a TPU in XLA's cycles per second, or None for other devices."""
     clocks = {tpu.kind: tpu.clock for tpu in TPUS.values()}
     return clocks.get(device.device_kind)
 
@@ -245,7 +245,7 @@ def _has_module(module_name: str) -> bool:
 
 @contextlib.contextmanager
 def _environment(variables: dict[str, str]) -> Iterator[None]:
-    """Set those environment variables that are unset, while the context is open."""
+    """Set environment variables that have no value yet, while the context is open."""
     added = {name: value for name, value in variables.items() if name not in os.environ}
     os.environ.update(added)
     try:

@@ -37,8 +37,8 @@ class Trained(NamedTuple):
       config: config of the run.
       params: evaluated parameters of all seeds, [S, …].
       about: numbers for the metadata, see `mi.export.parameters.ExportedParams`.
-      make_step: function of the parameters of one seed and of --length that returns the step of the
-        model, and a function from the batch size to the step's arguments.
+      make_step: function that takes one seed's parameters and --length. It returns the model's
+        step, and a function from the batch size to the step's arguments.
     """
 
     config: ml_collections.ConfigDict
@@ -94,12 +94,14 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument('--workdir', required=True, help='run directory')
     parser.add_argument('--out', help='safetensors file for the parameters')
     parser.add_argument('--program', help="file for the model's step, exported with jax.export")
-    parser.add_argument('--seed', type=int, help='seed to export; the first one by default')
+    parser.add_argument('--seed', type=int, help='seed to export (default: the first one)')
     parser.add_argument('--platforms', default='cpu,cuda,tpu', help='platforms of the program')
     parser.add_argument(
         '--length', type=int, default=1024, help='tokens that a Transformer can read'
     )
-    parser.add_argument('--batch', type=int, default=0, help='batch size of the program; 0 for any')
+    parser.add_argument(
+        '--batch', type=int, default=0, help='batch size of the program, or 0 for any'
+    )
     options = parser.parse_args(argv)
     if options.length < 1 or options.batch < 0:
         raise UserError(

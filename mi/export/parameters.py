@@ -21,7 +21,7 @@ class ExportedParams(NamedTuple):
     Attributes:
       params: nested dict of NumPy arrays, for `model.apply({'params': params}, …)`.
       config: config of the run.
-      about: 'step', the number of updates, and 'seed'. For a language model also 'vocabulary' and
+      about: 'step', the number of updates, and 'seed'. A language model also has 'vocabulary' and
         'domains', the sizes that `mi.lm.factory.build_model` takes in addition to the config.
     """
 
@@ -33,7 +33,7 @@ class ExportedParams(NamedTuple):
 def save_params(
     file: pathlib.Path, params: chex.ArrayTree, config: Mapping[str, Any], about: Mapping[str, int]
 ) -> None:
-    """Write the parameters of one seed; arrays are named by path, such as 'core/layer_0/kernel'.
+    """Write the parameters of one seed, naming arrays by path, such as 'core/layer_0/kernel'.
 
     Raises:
       UserError: if safetensors is not installed.

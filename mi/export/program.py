@@ -34,7 +34,7 @@ def make_lm_step(
     the first token. After `length` tokens, the logits of a Transformer are NaN.
 
     Args:
-      model: the language model; a Transformer must have a memory.
+      model: the language model. A Transformer must have a memory.
       params: its parameters for one seed.
       length: maximum number of tokens that a Transformer can read.
     """

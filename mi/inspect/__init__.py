@@ -1,1 +1,1 @@
-"""Inspection of the MI layers of a trained run, by `python -m mi.inspect --workdir=RUN`."""
+"""Inspection of a trained run's MI layers, by `python -m mi.inspect --workdir=RUN`."""

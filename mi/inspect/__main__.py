@@ -1,4 +1,4 @@
-"""Command line that inspects the MI layers of a run.
+"""Command line that inspects a run's MI layers.
 
 python -m mi.inspect --workdir=runs/first [--seed=1] [--out=DIR]
 

@@ -21,10 +21,10 @@ AXES = {'z': 'along the context z', 'x': 'along the input x', 'y': 'along the ou
 
 
 def draw_figures(layers: list[Layer], out: pathlib.Path) -> dict[str, list[pathlib.Path]]:
-    """Write the figures of the layers of one seed as PNG, PDF and SVG.
+    """Write the figures for one seed's layers as PNG, PDF and SVG.
 
     Returns:
-      The SVG files of the figures, by name of the layer.
+      The SVG files of the figures, by layer name.
     """
     files: dict[str, list[pathlib.Path]] = {}
     with matplotlib.rc_context(plots.STYLE):
@@ -90,7 +90,7 @@ def _draw_outputs(layer: Layer) -> Figure:
 
 
 def _draw_contexts(layer: Layer) -> Figure:
-    """Draw the clusters of the contexts, and in their order the cosines between the zᵀW."""
+    """Draw the clusters of the contexts, and the cosines between their zᵀW in the same order."""
     trained, initial = (layer.states[state].contexts for state in ('trained', 'initial'))
     assert trained is not None and initial is not None
     clusters = cluster_contexts(trained.cosines)

@@ -109,7 +109,7 @@ def _identify(layer: Layer, state: str) -> Row:
 
 
 def _to_csv(rows: Iterable[Row]) -> str:
-    """Format rows with equal keys as CSV; return '' if there are no rows."""
+    """Format rows with equal keys as CSV, or return '' if there are no rows."""
     buffer = io.StringIO()
     writer: csv.DictWriter[str] | None = None
     for row in rows:

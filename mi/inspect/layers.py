@@ -1,4 +1,4 @@
-"""Analysis of every product of a run, with trained and initial weights, for each seed."""
+"""Analysis of every product in a run, with trained and initial weights, for each seed."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping
@@ -33,7 +33,8 @@ class Weights:
       shared_norm: ‖V‖_F, or 0 without V.
       unfoldings: the unfoldings of W along z, x and y.
       eigenvalues: eigenvalues of each output, [k, d], see `mi.unify.compute_output_eigenvalues`.
-      contexts: comparison of zᵀW between contexts; None if the run has no finite set of contexts.
+      contexts: comparison of zᵀW between contexts, or None if the run has no finite set of
+        contexts.
       generated: the same for W′(z) = zᵀW + V.
     """
 
@@ -51,9 +52,9 @@ class Layer:
     """The analysis of one product at a site, for one seed.
 
     Attributes:
-      name: path of the site, and the name of the product if the site has several.
+      name: path of the site, followed by the product's name if the site has several.
       seed: the seed.
-      names: names of the contexts; () if there are none.
+      names: names of the contexts, or () if there are none.
       states: analysis of the 'trained' and the 'initial' weights.
     """
 
@@ -112,7 +113,7 @@ def _analyze_seed(trained: Trained, seed_index: int, seed: int) -> Iterator[Laye
 
 
 def convert_site(site: Site, params: Mapping[str, Any]) -> tuple[Product, ...]:
-    """Return the products of a site for these parameters of the model.
+    """Return the products of a site for the given model parameters.
 
     Raises:
       UserError: if the fusion is not affine and has no converter.

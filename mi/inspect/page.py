@@ -43,7 +43,7 @@ def render_page(
       trained: the run.
       title: the heading of the page.
       layers: all layers of all seeds.
-      figures: the SVG files to embed, by name of the layer.
+      figures: the SVG files to embed, by layer name.
     """
     look = importlib.resources.files('mi').joinpath('report', 'page.css')
     notes = ''.join(f'<li>{escape(note)}</li>\n' for note in NOTES)
@@ -133,7 +133,7 @@ def _compare(trained: float | None, initial: float | None, digits: int, unit: st
 
 
 def _get_mean_angle(weights: Weights, kind: str) -> float | None:
-    """Return the mean angle between two contexts in degrees; None for fewer than two contexts."""
+    """Return the mean angle between contexts in degrees, or None for fewer than two contexts."""
     comparison = getattr(weights, kind)
     if comparison is None or len(comparison.norms) < 2:
         return None

@@ -1,4 +1,4 @@
-"""The report of an inspection, which has a page, figures and tables."""
+"""The report of an inspection, with a page, figures and tables."""
 
 import os
 import pathlib
@@ -16,7 +16,7 @@ def write(
     Args:
       workdir: run directory of a language model or an agent.
       out: output directory.
-      seed: seed of the figures; None for the first one.
+      seed: seed of the figures. Defaults to the first one.
 
     Returns:
       The header and the rows of the table, and the files that were written.

@@ -35,7 +35,7 @@ class Site:
     """A module of a model that fuses x with z.
 
     Attributes:
-      path: names of the enclosing modules and of the module, such as ('core', 'fuse_encoder').
+      path: names of the enclosing modules and the module, such as ('core', 'fuse_encoder').
       module: the unbound module.
       x, z: shapes and dtypes of its inputs.
     """
@@ -51,7 +51,7 @@ class Site:
         return '/'.join(self.path)
 
     def get_params(self, params: Params) -> dict[str, Any]:
-        """Return the parameters of the site from those of the model."""
+        """Return the site's parameters from the model's parameters."""
         subtree: Any = params
         for name in self.path:
             subtree = subtree.get(name, {})
@@ -80,8 +80,8 @@ class Trained:
       params: evaluated parameters of all seeds, [S, …].
       step: number of updates.
       init_params: function from a seed to its parameters before the first update.
-      get_contexts: function from a site and the parameters of a seed to the contexts; returns None
-        if the run has no finite set of contexts.
+      get_contexts: function from a site and one seed's parameters to the contexts, or to None if
+        the run has no finite set of contexts.
     """
 
     config: ml_collections.ConfigDict
@@ -98,7 +98,7 @@ class Trained:
 
 
 def load(workdir: str | os.PathLike[str]) -> Trained:
-    """Load the newest checkpoint of a run of a language model or an agent.
+    """Load the newest checkpoint from a run of a language model or an agent.
 
     Raises:
       UserError: if the run has another task, or no complete checkpoint.
@@ -174,7 +174,7 @@ def _load_lm(config: ml_collections.ConfigDict, run_path: pathlib.Path) -> Train
 def _record_context(
     model: nn.Module, site: Site, params: Params, inputs: Sequence[Any]
 ) -> np.ndarray | None:
-    """Return z [T, m] of one sequence at a site; None inside a loop, where z has no value."""
+    """Return z [T, m] of one sequence at a site, or None inside a loop, where z has no value."""
     contexts: list[Any] = []
 
     def record(
