@@ -18,7 +18,7 @@ from mi.find.report import Report as Report
 
 
 class _CallablePackage(types.ModuleType):
-    """A callable package: importing it replaces the function `mi.find` with the package."""
+    """A callable package, because importing it replaces the function `mi.find`."""
 
     def __call__(self, *args: Any, **streams: Any) -> Report:
         return find(*args, **streams)

@@ -21,11 +21,11 @@ class Candidate:
     Attributes:
       kind: 'concatenation' or 'sum'.
       x, z: the streams of each side, separated by commas.
-      n, m, k: numbers of features of x, of z and of the results.
+      n, m, k: numbers of features in x, z and the result.
       rank: r, the rank of the factors.
       path: the names of the enclosing modules.
       source: the source line.
-      times: number of executions per call; None if it depends on a while loop.
+      times: number of executions per call, or None if it depends on a while loop.
       params: number of parameters of the forms 'full', 'low rank' and 'diagonal'.
       flops: FLOPs of these forms per call, counting one iteration of a while loop.
     """

@@ -21,7 +21,7 @@ Step = Callable[[list[Value], Scope], list[Value]]
 def run_call(
     interpreter: Interpreter, equation: Equation, jaxpr: core.ClosedJaxpr | core.Jaxpr
 ) -> list[Value]:
-    """Return the results of a call of a jaxpr, such as that of a jitted function."""
+    """Return the results of calling a jaxpr, such as that of a jitted function."""
     inputs, variables = equation.inputs, open_jaxpr(jaxpr).invars
     if len(variables) != len(inputs):
         return interpreter.blur(equation)
@@ -42,7 +42,7 @@ def run_call(
 
 
 def run_cond(interpreter: Interpreter, equation: Equation) -> list[Value]:
-    """Merge the results of all branches; all are recorded, but only the costliest is counted."""
+    """Record all branches, merge their results, and only count the costliest branch."""
     predicate, *operands = equation.inputs
     scope = equation.enter()
     start_flops, start_contents = interpreter.flops, interpreter.contents
@@ -97,7 +97,7 @@ def run_scan(interpreter: Interpreter, equation: Equation) -> list[Value]:
 
 
 def _take_element(interpreter: Interpreter, value: Value) -> Value:
-    """Return the element of an array that a single iteration of a scan sees."""
+    """Return the array element that a single iteration of a scan sees."""
     features = tuple(axis - 1 for axis in value.features if axis > 0)
     element = value._replace(shape=value.shape[1:], features=features, parts=())
     return interpreter.identify(element) if value.streams else element
@@ -215,7 +215,7 @@ def _get_dependence(value: Value) -> tuple[int, bool, tuple[float, ...], bool]:
 
 
 def _widen(previous: Value, value: Value) -> Value:
-    """Merge a value of the carry with its next value; degrees that grow become unbounded."""
+    """Merge a value of the carry with its next value, making degrees that grow unbounded."""
     degrees = tuple(
         previous_degree
         if degree <= previous_degree

@@ -19,10 +19,11 @@ class Output:
     """An output of the function.
 
     Attributes:
-      name: path of the output in the tree of outputs; '' if the output is a single array.
+      name: path of the output in the output tree, or '' if the tree is a single array.
       shape: shape of the output.
-      degrees: upper bound of the polynomial degree for each stream; infinite if there is none.
-      is_confirmed: whether finite differences at random points agree; None if not computed.
+      degrees: upper bound of the polynomial degree in each stream, which can be infinite.
+      is_confirmed: whether finite differences at random points agree, or None if they were not
+        computed.
     """
 
     name: str
@@ -59,7 +60,7 @@ def confirm_outputs(
     outputs: list[Output],
     seed: int = 0,
 ) -> list[Output]:
-    """Check degrees by finite differences along random lines, which executes the function.
+    """Check degrees by executing the function and taking finite differences along random lines.
 
     Along a line, the differences of order d + 1 of a polynomial of degree d are zero.
     """
@@ -104,7 +105,7 @@ def _is_zero_difference(terms: list[Any]) -> bool:
 
 
 def _draw(rng: np.random.Generator, leaf: Any) -> Any:
-    """Replace a shape with random numbers; return an array unchanged."""
+    """Replace a shape with random numbers, but leave an array unchanged."""
     if not isinstance(leaf, jax.ShapeDtypeStruct):
         return leaf
     if jnp.issubdtype(leaf.dtype, jnp.inexact):

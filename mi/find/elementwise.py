@@ -19,7 +19,7 @@ SQUASHES = {'logistic': 'sigmoid', 'tanh': 'tanh'}
 
 
 def convert(trace: Trace, equation: Equation) -> list[Value]:
-    """Return values with another dtype or placement; degrees change only for integers."""
+    """Return values with another dtype or placement, whose degrees only change for integers."""
     shapes = zip(equation.inputs, equation.shapes, strict=False)
     values = [value._replace(shape=shape) for value, shape in shapes]
     if equation.name == 'convert_element_type' and is_integer(equation.eqn.outvars[0]):
@@ -28,7 +28,7 @@ def convert(trace: Trace, equation: Equation) -> list[Value]:
 
 
 def negate(trace: Trace, equation: Equation) -> Value:
-    """Return −x; unlike x, it is neither a mask nor an exponential."""
+    """Return −x, which is never a mask or an exponential, even if x is."""
     return equation.inputs[0]._replace(is_mask=False, is_exp=False)
 
 
@@ -59,7 +59,7 @@ def add(trace: Trace, equation: Equation) -> Value:
 
 
 def _shift(trace: Trace, equation: Equation) -> Value:
-    """Return the sum of a value and a constant, which does not depend on data."""
+    """Return the sum of a value and a constant that does not depend on data."""
     left, right = equation.inputs
     value, constant = (left, right) if left.streams else (right, left)
     value = trace.broadcast(value, equation.shape)
@@ -95,7 +95,7 @@ def multiply(trace: Trace, equation: Equation) -> Value:
 
 
 def _scale(trace: Trace, equation: Equation) -> Value:
-    """Return the product of a value and a constant, which does not depend on data."""
+    """Return the product of a value and a constant that does not depend on data."""
     left, right = equation.inputs
     value, constant = (left, right) if left.streams else (right, left)
     value = trace.broadcast(value, equation.shape)
@@ -227,7 +227,7 @@ def apply_nonlinear(trace: Trace, equation: Equation) -> list[Value]:
 
 
 def _squash(name: str, value: Value) -> Value:
-    """Return the result of a nonlinear elementwise function of one value."""
+    """Return the result of applying a nonlinear elementwise function to one value."""
     is_exp = name in ('exp', 'exp2')
     return value._replace(
         degrees=unbound_degrees([value]),

@@ -19,7 +19,7 @@ class Interpreter(Trace):
     """An abstract interpreter for jaxprs.
 
     Attributes:
-      contents: the content of each reference's mutable array, by id of the reference.
+      contents: the content of each reference's mutable array, by reference id.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class Interpreter(Trace):
         scope: Scope,
         consts: Iterable[Value] | None = None,
     ) -> list[Value]:
-        """Return the results of a jaxpr; by default, its constants do not depend on data."""
+        """Return the results of a jaxpr, whose constants by default do not depend on data."""
         jaxpr = open_jaxpr(jaxpr)
         if consts is None:
             consts = [self.make_constant(get_shape(var)) for var in jaxpr.constvars]

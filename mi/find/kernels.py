@@ -20,7 +20,7 @@ class Kernel(NamedTuple):
     Attributes:
       jaxpr: the kernel's program, whose arguments are references to indices, inputs, outputs and
         scratch.
-      num_steps: number of steps of the grid; None if it depends on an operand.
+      num_steps: number of steps of the grid, or None if it depends on an operand.
       num_bounds: number of operands that are sizes of the grid.
       num_indices: number of operands that select blocks.
     """
@@ -65,7 +65,7 @@ def run_kernel(interpreter: Interpreter, equation: Equation) -> list[Value]:
 
 
 def _take_block(interpreter: Interpreter, value: Value, shape: tuple[int, ...]) -> Value:
-    """Return the block of an operand that a single step of the grid sees."""
+    """Return the operand's block that a single step of the grid sees."""
     if shape == value.shape or not value.streams:
         return value._replace(shape=shape)
     block = value._replace(shape=shape, features=drop_axes(value, shape), parts=())
@@ -87,7 +87,7 @@ def _read_kernel(eqn: core.JaxprEqn) -> Kernel | None:
 
 
 def _find_unreadable(jaxpr: core.Jaxpr) -> str:
-    """Return the first primitive that takes a reference but has no rule; '' if there is none."""
+    """Return the first primitive that takes a reference but has no rule, or '' if there is none."""
     for eqn in jaxpr.eqns:
         inner = list(_list_jaxprs(eqn))
         takes_reference = any(_is_reference(atom) for atom in eqn.invars)
@@ -101,7 +101,7 @@ def _find_unreadable(jaxpr: core.Jaxpr) -> str:
 
 
 def _is_reference(atom: Any) -> bool:
-    """Return whether a variable of a jaxpr is a reference to a mutable array."""
+    """Return whether a jaxpr's variable is a reference to a mutable array."""
     return hasattr(atom.aval, 'inner_aval')
 
 

@@ -1,4 +1,4 @@
-"""Rules that name the motif of a product; the first rule that matches applies.
+"""Rules that name the motif of a product. The first rule that matches applies.
 
 | motif | rule |
 | --- | --- |
@@ -61,7 +61,7 @@ class Contraction(NamedTuple):
 
 
 def name_product(left: Value, right: Value, contraction: Contraction | None) -> str:
-    """Return the motif of a product; contraction is None for an elementwise product."""
+    """Return the motif of a product, where `contraction` is None if it is elementwise."""
     sides = left, right
     if left.is_chosen or right.is_chosen:
         return ROUTING

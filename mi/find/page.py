@@ -1,4 +1,4 @@
-"""The HTML page of a report, a self-contained file in the style of the reports on runs."""
+"""The HTML page for a report, a self-contained file in the style of the run reports."""
 
 import importlib.resources
 from html import escape

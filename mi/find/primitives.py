@@ -48,12 +48,12 @@ LIBRARIES = ('/jax/', '/jaxlib/', '/flax/', '/haiku/', '/equinox/', '/mi/find/',
 
 
 def get_shape(var: Any) -> tuple[int, ...]:
-    """Return the shape of a variable of a jaxpr; () for a token."""
+    """Return the shape of a jaxpr's variable, or () for a token."""
     return tuple(getattr(var.aval, 'shape', ()))
 
 
 def is_integer(var: Any) -> bool:
-    """Return whether a variable of a jaxpr holds integers."""
+    """Return whether a jaxpr's variable holds integers."""
     return 'int' in str(getattr(var.aval, 'dtype', ''))
 
 
@@ -95,7 +95,7 @@ def count_devices(eqn: core.JaxprEqn) -> int:
 
 
 def count_scan_inputs(eqn: core.JaxprEqn) -> tuple[int, int]:
-    """Return the numbers of constants and of carried arrays among the inputs of a scan."""
+    """Return the numbers of constants and of carried arrays among a scan's inputs."""
     if 'num_carry' in eqn.params:
         return eqn.params['num_consts'], eqn.params['num_carry']
     consts, carry, *_ = eqn.params['ft_in'].unpack()  # jax 0.12

@@ -15,7 +15,7 @@ class Scope(NamedTuple):
 
     Attributes:
       path: the names of the enclosing modules.
-      times: number of times that it runs; None if it depends on a while loop.
+      times: number of times that it runs, or None if it depends on a while loop.
       frame: the source line of the enclosing call, for equations without a line of their own.
       is_recording: whether products are recorded.
       num_devices: number of devices of a shard_map that execute it.
@@ -28,14 +28,14 @@ class Scope(NamedTuple):
     num_devices: int = 1
 
     def repeat(self, times: int | None) -> 'Scope':
-        """Return the scope of a loop's body; `times` is None if the trip count is unknown."""
+        """Return the scope of a loop's body, where `times` is None if the trip count is unknown."""
         if self.times is None or times is None:
             return self._replace(times=None)
         return self._replace(times=self.times * times)
 
 
 class Equation(NamedTuple):
-    """An equation of a jaxpr, with the values of its operands.
+    """An equation in a jaxpr, with the values of its operands.
 
     Attributes:
       eqn: the equation of the jaxpr.
@@ -61,7 +61,7 @@ class Equation(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Return the shape of the first result; () if there is none."""
+        """Return the shape of the first result, or () if there is none."""
         return self.shapes[0] if self.shapes else ()
 
     def enter(self) -> Scope:
@@ -71,7 +71,7 @@ class Equation(NamedTuple):
         return self.scope._replace(path='/'.join(filter(None, [self.scope.path, *names])))
 
     def enter_call(self) -> Scope:
-        """Return the scope of a jaxpr that this equation calls; only recording needs its line."""
+        """Return the scope of a jaxpr that this equation calls, with the line if it is recorded."""
         scope = self.enter()
         return scope._replace(frame=self.find_line()) if scope.is_recording else scope
 

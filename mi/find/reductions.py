@@ -10,7 +10,7 @@ from mi.find.values import NO_IDS, Value, blend, unbound_degrees
 
 
 def reduce(trace: Trace, equation: Equation) -> list[Value]:
-    """Return sums or extremes of arrays along axes, which are statistics of them."""
+    """Return sums or extremes along axes, which count as statistics of the arrays."""
     return [
         _reduce(trace, equation, value, shape)
         for value, shape in zip(equation.inputs, equation.shapes, strict=False)
@@ -41,7 +41,7 @@ def _reduce(trace: Trace, equation: Equation, value: Value, shape: tuple[int, ..
 
 
 def reduce_product(trace: Trace, equation: Equation) -> Value:
-    """Return products or cumulative products of the entries of an array along axes."""
+    """Return products or cumulative products of an array's entries along axes."""
     value = equation.inputs[0]
     axes = equation.params.get('axes', (equation.params.get('axis', 0),))
     length = math.prod(value.shape[axis] for axis in axes)

@@ -21,10 +21,10 @@ class Interaction:
       motif: name of the motif, from `mi.find.motifs`.
       primitive: name of the JAX primitive.
       left, right: the streams that each side depends on, such as ('x', 'z').
-      left_shape, right_shape, shape: shapes of the sides and of the result.
+      left_shape, right_shape, shape: shapes of the sides and the result.
       path: the names of the enclosing modules, such as 'block_0/attention'.
       source: the source line, such as 'file.py:12'.
-      times: number of executions per call; None if it depends on a while loop.
+      times: number of executions per call, or None if it depends on a while loop.
       flops: FLOPs per call, counting one iteration of a while loop.
       share: share of the function's FLOPs.
     """
@@ -59,9 +59,10 @@ class Report:
 
     Attributes:
       name: name of the function.
-      streams: shapes of the arrays of each stream, by name.
+      streams: shapes of the arrays in each stream, by name.
       interactions: products of two values that depend on data, in the order of the computation.
-      activations: elementwise products of an array with itself, as in SiLU; not interactions.
+      activations: elementwise products of an array with itself, as in SiLU, which are not
+        interactions.
       candidates: places where streams are concatenated or added in an affine map.
       outputs: the outputs with their degrees.
       flops: FLOPs of the function.
@@ -84,7 +85,7 @@ class Report:
         return dict(Counter(interaction.motif for interaction in self.interactions))
 
     def confirm(self, seed: int = 0) -> 'Report':
-        """Return the report with degrees checked by finite differences; executes the function.
+        """Execute the function to check degrees by finite differences, and return a new report.
 
         Arguments that are given as shapes are replaced with random numbers.
         """

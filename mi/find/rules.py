@@ -1,4 +1,4 @@
-"""Tables of the rules, functions that return the results of a primitive, by its name."""
+"""Tables from the name of a primitive to its rule, a function that returns its results."""
 
 from collections.abc import Callable, Mapping
 
@@ -88,7 +88,7 @@ def interpret(interpreter: Interpreter, equation: Equation) -> list[Value]:
 
 
 def _count_flops(interpreter: Interpreter, equation: Equation) -> None:
-    """Add an equation's FLOPs; the body of a while loop counts as one iteration."""
+    """Add an equation's FLOPs, counting one iteration of a while loop."""
     if equation.name in primitives.FREE or not equation.shapes:
         return
     scope = equation.scope

@@ -36,7 +36,7 @@ class Trace:
         return next(self._ids)
 
     def make_value(self, shape: Sequence[int], streams: int, has_params: bool = False) -> Value:
-        """Return the value of an input of the function."""
+        """Return the value for an input of the function."""
         degrees = tuple(float(streams >> bit & 1) for bit in range(self._num_streams))
         return self.identify(Value(tuple(shape), streams, has_params, degrees))
 
@@ -52,7 +52,7 @@ class Trace:
         return value.identify(self.make_id())
 
     def intern(self, *key: Hashable) -> int:
-        """Return the id of a key; equal keys have the same id."""
+        """Return the id of a key, which is the same for equal keys."""
         if key not in self._interned:
             self._interned[key] = self.make_id()
         return self._interned[key]
@@ -93,7 +93,7 @@ class Trace:
         Args:
           equation: the equation, whose inputs are the two sides.
           value: what is known about the result.
-          contraction: the axes of the product; None for an elementwise product.
+          contraction: the axes of the product, or None for an elementwise product.
         """
         left, right = equation.inputs
         motif = motifs.name_product(left, right, contraction)
@@ -186,7 +186,7 @@ class Trace:
 
 
 def _are_different(left: Source, right: Source, is_residual: bool) -> bool:
-    """Return whether two arrays depend on different streams, or one of them on the carry of a loop.
+    """Return whether two arrays depend on different streams, or one depends on a loop's carry.
 
     In a residual sum, arrays do not count as different if one depends on all streams of the other.
     """

@@ -32,7 +32,7 @@ class Value(NamedTuple):
       shape: shape of the array.
       streams: bit mask of the streams that it depends on.
       has_params: whether it depends on parameters.
-      degrees: upper bound of its polynomial degree in each stream; infinite if there is none.
+      degrees: upper bound of its polynomial degree in each stream, which can be infinite.
       base: id of the array that it is an elementwise function of, entry by entry.
       origin: like `base`, but preserved by reshapes, transposes and broadcasts.
       root: like `origin`, but also preserved by slices.
@@ -44,20 +44,20 @@ class Value(NamedTuple):
       is_mask: whether its entries are the zeros and ones of a comparison.
       is_choice: whether it depends on indices from a top-k, a sort or an argmax.
       is_chosen: whether it holds parameters that were selected by such indices.
-      linear: the arrays that it is an affine map of; empty if it is not an affine map.
+      linear: the arrays that it is an affine map of, if it is one.
       features: axes of the affine map that come from the parameters.
       is_shifted: whether it is an affine map plus a constant, as in 1 + γ(z).
       is_activation: whether it is an elementwise nonlinear function of an affine map.
       is_window: whether it is a slice over most of an axis, as in a convolution by shifts.
       num_windows: number of such slices that were concatenated.
       parts: the arrays that were concatenated along `parts_axis`.
-      parts_axis: axis of the concatenation, counted from the end and negative.
+      parts_axis: negative axis of the concatenation, counted from the end.
       products: indices of the products that reach it through elementwise operations and sums.
       mapped_products: indices of the products that reach it through one more affine map.
       is_carry: whether it is itself the carry of a loop.
       carried: ids of the loops whose carry it depends on.
       pending: indices of the softmax divisions that a later product can absorb.
-      ref: id of the mutable array that it refers to; 0 if it is not a reference.
+      ref: id of the mutable array that it refers to, or 0 if it is not a reference.
     """
 
     shape: tuple[int, ...]
@@ -101,12 +101,12 @@ class Value(NamedTuple):
 
 
 def max_degrees(values: Sequence[Value]) -> tuple[float, ...]:
-    """Return the degrees of a sum, the largest of each stream."""
+    """Return the degrees of a sum, which are the largest in each stream."""
     return tuple(max(column) for column in zip(*(value.degrees for value in values), strict=True))
 
 
 def add_degrees(left: Value, right: Value) -> tuple[float, ...]:
-    """Return the degrees of a product, the sum for each stream."""
+    """Return the degrees of a product, which are the sums in each stream."""
     return tuple(a + b for a, b in zip(left.degrees, right.degrees, strict=True))
 
 
@@ -129,7 +129,7 @@ def blend(values: Sequence[Value], shape: tuple[int, ...], is_polynomial: bool =
 
 
 def unite(values: Iterable[Value], field: str) -> frozenset[int]:
-    """Return the union of a field of all values, which is a set of ids."""
+    """Return the union of a field, which is a set of ids, over all values."""
     return NO_IDS.union(*(getattr(value, field) for value in values))
 
 

@@ -48,7 +48,7 @@ def get_fused_mlp_config() -> ml_collections.ConfigDict:
 
 
 def check_preset(config_file: str, preset: str, presets: Collection[str] = ()) -> None:
-    """Check that the argument of a config file is one of its presets.
+    """Check that a config file's argument is one of its presets.
 
     Raises:
       UserError: if the file has no such preset.

@@ -1,4 +1,4 @@
-"""Validation of a config, and construction of its problem with a model of the requested size."""
+"""Validation of a config, and construction of its problem with a model of a given size."""
 
 import functools
 import importlib

@@ -72,7 +72,7 @@ class FusedMLP(nn.Module):
 
 
 def make(model: ml_collections.ConfigDict, features: int, context: Context) -> FusedMLP:
-    """Build the network of the config section `model`; rank = 0 and hidden = 0 mean the width."""
+    """Build the network of the config section `model`, where rank or hidden 0 means the width."""
     rank, hidden = (size or model.width for size in (model.fusion.rank, model.fusion.hidden))
     options = get_options(model.fusion, 'options')
     with name_config_keys({'options': 'config.model.fusion.options'}):
@@ -89,11 +89,11 @@ def make(model: ml_collections.ConfigDict, features: int, context: Context) -> F
 def costs(
     model: nn.Module, *inputs: jax.ShapeDtypeStruct, fusion_pattern: str = r'fusion.*'
 ) -> dict[str, dict[str, int]]:
-    """Count the parameters and the FLOPs per example, of a network and of its fusions.
+    """Count the parameters and the FLOPs per example for a network and for its fusions.
 
     Args:
       model: the network.
-      *inputs: shapes of the inputs of one example.
+      *inputs: shapes of the inputs for one example.
       fusion_pattern: regular expression for the names of the modules that count as fusions.
     """
     variables = jax.eval_shape(model.init, jax.random.key(0), *inputs)

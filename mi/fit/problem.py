@@ -42,7 +42,7 @@ class Problem(abc.ABC):
 
     @abc.abstractmethod
     def evaluate(self, params: Params, world: World, key: PRNGKey) -> dict[str, Metrics]:
-        """Return scalar metrics by split; metrics of a single task are named `metric/TASK`.
+        """Return scalar metrics by split, named `metric/TASK` if they are for a single task.
 
         The key is the same for every evaluation of a seed.
         """
@@ -59,5 +59,5 @@ class Problem(abc.ABC):
         return {}
 
     def model_params(self, params: Params) -> Params:
-        """Return the parameters that count towards the model's size, those of all its networks."""
+        """Return the parameters of all networks, which determine the size of the model."""
         return params

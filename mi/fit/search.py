@@ -1,6 +1,6 @@
 """Search for the smallest width at which a network reaches a target error, for each seed.
 
-The search is repeated for every value of one config key, such as the dimension of the problem. It
+The search is repeated for every value of one config key, such as the problem's dimension. It
 bisects a geometric grid of widths. At each width, every seed is trained with each learning rate,
 and its error is the lowest at any evaluation with any of these rates. The seed reaches the target
 if this error is at most the target. Training at a width ends early once all seeds have reached the
@@ -79,7 +79,7 @@ def next_place(brackets: list[Bracket], num_places: int, guess: int, octave: int
 
 
 def fit_exponent(values: Sequence[float], parameters: Sequence[float]) -> float | None:
-    """Fit p of parameters = a · valueᵖ by log-log least squares; None for fewer than two values."""
+    """Fit p in parameters = a · valueᵖ by log-log regression, or return None below two values."""
     if len(values) < 2:
         return None
     return float(np.polynomial.polynomial.polyfit(np.log(values), np.log(parameters), 1)[1])
@@ -91,8 +91,8 @@ def search(config: ml_collections.ConfigDict, workdir: str) -> None:
     metrics.jsonl gets a record 'probe' for each seed, value and width, and finally a record 'eval'
     for each seed. The latter has `parameters/VALUE`, `width/VALUE`, `mse/VALUE` and
     `learning_rate/VALUE` of the smallest network that reached the target, if there is one. It also
-    has the `exponent` of the growth of the parameters, fitted if all seeds reached the target at
-    two or more values.
+    has the `exponent` with which the parameters grow, fitted if all seeds reached the target at two
+    or more values.
     """
     factory.validate(config)
     grids = {}
@@ -111,7 +111,7 @@ def _set_value(config: ml_collections.ConfigDict, config_value: int) -> ml_colle
 
 
 class _Search:
-    """The search of a run; it saves its probes after each one and reads them when it resumes."""
+    """A run's search, which saves its probes after each one and reads them when it resumes."""
 
     def __init__(
         self, config: ml_collections.ConfigDict, grids: dict[int, list[int]], run: run_dir.Run
@@ -189,7 +189,7 @@ class _Search:
 
 
 def _guess(highest_places: list[int]) -> int:
-    """Guess the next place by linear extrapolation from those of the last two values."""
+    """Guess the next place by linear extrapolation from the places of the last two values."""
     if len(highest_places) < 2:
         return highest_places[-1] if highest_places else 0
     return max(0, 2 * highest_places[-1] - highest_places[-2])
@@ -217,7 +217,7 @@ def _summarize(records: dict[int, logger.Record], fitted: list[int]) -> logger.R
 
 
 def probe(config: ml_collections.ConfigDict, width: int) -> list[logger.Record]:
-    """Train all seeds at a width with every learning rate; return each seed's best result.
+    """Train all seeds at a width with every learning rate, and return each seed's best result.
 
     Pairs of a seed and a rate are distributed over the devices and are independent. They train
     until all seeds have reached the target. This requires the errors of all pairs, so the loop over

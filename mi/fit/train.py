@@ -1,4 +1,4 @@
-"""The deterministic training loop of a problem, with all seeds of a run in one program.
+"""The deterministic training loop for a problem, which runs all seeds in one program.
 
 Seeds are distributed over the devices, and each device maps over its own seeds by vmap. Devices do
 not communicate. A checkpoint only holds the seeds, so it can be restored on any number of devices.
@@ -34,7 +34,7 @@ from mi.training import (
 
 
 class TrainState(NamedTuple):
-    """The training state of one seed; in a run, every array has a leading axis of seeds."""
+    """The training state of one seed. In a run, every array has a leading axis of seeds."""
 
     params: Params
     opt_state: optax.OptState
@@ -64,7 +64,7 @@ def train_steps(
     seed: Array,
     update_scale: Array | float = 1.0,
 ) -> tuple[TrainState, Metrics]:
-    """Take training steps for one seed and average their metrics; `update_scale` scales updates."""
+    """Take training steps for one seed, scaling updates by `update_scale`, and average metrics."""
     world_key, _, batch_key, _ = split_keys(seed)
     world = problem.draw_world(world_key)
 
@@ -228,7 +228,7 @@ def write_records(
     seeds: Sequence[int],
     metrics: dict[str, dict[str, np.ndarray]],
 ) -> None:
-    """Write a record of the metrics [S] for each seed and split; non-finite values become None."""
+    """Write a record of the metrics [S] for each seed and split, with None if not finite."""
     for split, split_metrics in metrics.items():
         for seed_index, seed in enumerate(seeds):
             seed_metrics = {name: float(array[seed_index]) for name, array in split_metrics.items()}
