@@ -29,11 +29,11 @@ EXPECTED = {bool: 'True or False', int: 'an integer', float: 'a number', str: 'a
 
 
 class UserError(Exception):
-    """An error that the user can fix; commands print its one-line message and exit with code 1."""
+    """An error that the user can fix. Commands print its one-line message and exit with code 1."""
 
 
 class ArgumentError(UserError, ValueError):
-    """An invalid argument of a library function; the message names the argument in backticks.
+    """An invalid argument of a library function, named in backticks in the message.
 
     Trainers use `name_config_keys` to replace the argument's name with its config key.
     """
@@ -129,7 +129,7 @@ def flatten(config: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
 def describe_difference(
     old_config: Mapping[str, object], new_config: Mapping[str, object], max_keys: int = 8
 ) -> str:
-    """Describe the keys that differ, such as 'model.width was 3 and is 4 now'; '' if none do."""
+    """Describe the keys that differ, such as 'model.width was 3 and is 4 now', or return ''."""
     old_leaves, new_leaves = flatten(old_config), flatten(new_config)
 
     def format_leaf(leaves: Mapping[str, object], config_key: str) -> str:
@@ -184,12 +184,12 @@ def find_violation(rule: Rule, value: object) -> str:
 
 
 def any_value(value: object) -> str:
-    """Accept any value; a rule for options that are validated by their constructor."""
+    """Accept any value. This is the rule for options that their constructor validates."""
     return ''
 
 
 def choice(known: Collection[str]) -> Rule:
-    """Return a rule that accepts the names in `known` at the time when the config is checked."""
+    """Return a rule that accepts the names that `known` holds when the config is checked."""
 
     def check_choice(value: object) -> str:
         if isinstance(value, str) and value in known:
@@ -218,8 +218,8 @@ def number(
 ) -> Callable[[object], str]:
     """Return a rule that accepts the numbers in [low, high] that are less than `below`.
 
-    With `exclusive`, it rejects `low` itself. It also rejects numbers that overflow or underflow in
-    float32.
+    If `exclusive` is True, the rule rejects `low` itself. It always rejects numbers that overflow
+    or underflow in float32.
     """
     bounds = f'a finite number {"above" if exclusive else "of at least"} {low}'
     bounds += '' if math.isinf(high) else f', at most {high}'

@@ -111,7 +111,7 @@ def find_calls(
     variables: Mapping[str, Any],
     *args: object,
 ) -> Calls:
-    """Find the submodules that match, by path, with the shapes of their inputs.
+    """Return the submodules that match, by path, with the shapes of their inputs.
 
     The modules are unbound and ordered by their first call in model(*args). `variables` and `args`
     can be arrays or shapes.
@@ -165,7 +165,7 @@ def nearest_size(cost: Callable[[int], int], target: int, smallest: int = 1) -> 
     """Return the size whose cost is nearest to the target.
 
     Args:
-      cost: returns the cost of a size; it must not decrease with the size.
+      cost: function from a size to its cost, which must not decrease with the size.
       target: the desired cost.
       smallest: the smallest size to consider.
 

@@ -16,7 +16,7 @@ class RowDropout(nn.Module):
 
     Attributes:
       rate: probability that an entry is zero.
-      row_axis: axis of x that holds the rows; None if all devices share one mask.
+      row_axis: axis of x that holds the rows, or None if all devices share one mask.
       shared_axes: axes along which the mask is constant.
       collection: name of the RNG stream that the mask is drawn from.
     """
@@ -28,7 +28,7 @@ class RowDropout(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, deterministic: bool) -> Array:
-        """Return x [..., rows, ...] with dropout applied, or unchanged if `deterministic`."""
+        """Return x [..., rows, ...] with dropout, or unchanged if `deterministic` is True."""
         if deterministic or self.rate == 0:
             return x
         rng_key, keep_rate = self.make_rng(self.collection), 1 - self.rate

@@ -36,9 +36,9 @@ TASKS = {
 
 
 def define_flags() -> None:
-    """Define the flags; not on import, because launchers that import this module have their own."""
+    """Define the flags on request, because launchers that import this module have their own."""
     flags.DEFINE_string(
-        'config', None, 'Config file, FILE.py or FILE.py:ARGUMENT; --config.KEY=VALUE sets a key.'
+        'config', None, 'Config file, FILE.py or FILE.py:ARGUMENT. --config.KEY=VALUE sets a key.'
     )
     flags.DEFINE_string('workdir', None, 'Run directory, new or continued.')
     flags.DEFINE_enum(
@@ -48,7 +48,7 @@ def define_flags() -> None:
         'eval: evaluate a trained run, with videos in RL. sample: generate text.',
     )
     flags.DEFINE_string(
-        'profile', '', 'FIRST:LAST, the training steps to trace; the trace is in WORKDIR/profile.'
+        'profile', '', 'FIRST:LAST, the training steps to trace. The trace is in WORKDIR/profile.'
     )
     flags.DEFINE_string(
         'distributed', '', "One of several processes: 'auto', or 'HOST:PORT,COUNT,INDEX'."
@@ -116,7 +116,7 @@ def main(argv: Sequence[str], config_overrides: Sequence[overrides.Override] = (
 
 
 def run() -> None:
-    """Parse the command line and run; report a user error on one line and exit with code 1."""
+    """Parse the command line and run. On a user error, print one line and exit with code 1."""
     define_flags()
     config_overrides: list[overrides.Override] = []
 

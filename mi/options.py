@@ -1,4 +1,4 @@
-"""Validation of a config's options against the arguments of the constructor that takes them."""
+"""Validation of a config's options against the constructor that takes them."""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -22,7 +22,7 @@ def get_keyword_defaults(maker: Callable[..., object]) -> Options:
 
 
 def get_field_defaults(module: Callable[..., object]) -> Options:
-    """Return the defaults of the fields of a Flax module, or of a partial of one, by name.
+    """Return the field defaults of a Flax module, or of a partial of one, by name.
 
     This omits fields without a default, Flax's own fields, and the dtypes, which have a config key.
     """

@@ -33,7 +33,7 @@ PARSERS: dict[type, flags.ArgumentParser] = {
 
 
 class Override(NamedTuple):
-    """A flag --config.KEY=TEXT; `text` is None for a bare --config.KEY."""
+    """A flag --config.KEY=TEXT, where `text` is None for a bare --config.KEY."""
 
     key: str
     text: str | None
@@ -92,7 +92,7 @@ def load(file: str, overrides: Sequence[Override] = ()) -> ml_collections.Config
 
 
 def parse(arguments: Sequence[str]) -> ml_collections.ConfigDict:
-    """Load the config that `mi.main` would build from these arguments; ignore all other flags.
+    """Load the config that `mi.main` would build from these arguments, ignoring all other flags.
 
     Raises:
       UserError: if the file or a key does not exist, or a value does not have the type of its key.
@@ -109,7 +109,7 @@ def parse(arguments: Sequence[str]) -> ml_collections.ConfigDict:
 
 
 def apply(config: ml_collections.ConfigDict, overrides: Sequence[Override]) -> None:
-    """Apply the overrides to a config; the last override of a key wins.
+    """Apply the overrides to a config in order, so that the last one of a key wins.
 
     Raises:
       UserError: if a key does not exist, a value does not have the type of its key, or an override
@@ -140,7 +140,7 @@ def _find_field(
 ) -> tuple[ml_collections.ConfigDict, str]:
     """Return the section and the field that an override sets.
 
-    A group of options, such as `env.options`, accepts any field; the names are checked later, by
+    A group of options, such as `env.options`, accepts any field. The names are checked later, by
     the module or environment that takes the options.
 
     Raises:
@@ -210,7 +210,7 @@ def _parse_value(key: str, text: str | None, value_type: type) -> object:
 
 
 def _parse_entries(key: str, text: str) -> tuple[object, ...]:
-    """Parse '(0, 1)', '0,1' or '0' as a tuple; strings need no quotes."""
+    """Parse '(0, 1)', '0,1' or '0' as a tuple, where strings need no quotes."""
     try:
         literal = ast.literal_eval(text.strip())
     except (SyntaxError, ValueError):
@@ -228,7 +228,7 @@ def _parse_entries(key: str, text: str) -> tuple[object, ...]:
 
 
 def _parse_literal(entry: str) -> object:
-    """Parse a Python literal; return any other text unchanged."""
+    """Parse a Python literal, or return any other text unchanged."""
     try:
         return ast.literal_eval(entry)
     except (SyntaxError, ValueError):
@@ -307,7 +307,7 @@ def _create_module(file_path: str) -> types.ModuleType:
 
 
 def create_module(name: str, file_path: str) -> types.ModuleType:
-    """Create a module for a user's file; `module.__spec__.loader.exec_module(module)` runs it.
+    """Create a module for a user's file, which `module.__spec__.loader.exec_module(module)` runs.
 
     Python's bytecode cache is not used, because it would be stale for a file that was edited twice
     within a second without changing its size.

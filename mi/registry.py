@@ -26,7 +26,7 @@ def is_reference(name: object) -> bool:
 
 
 def import_object(reference: str) -> Any:
-    """Import the object named by 'package.module:Object'; Object can be a dotted path.
+    """Import the object named by 'package.module:Object', where Object can be a dotted path.
 
     Raises:
       ValueError: if the name does not have this form, its module cannot be imported, or the module
@@ -67,7 +67,7 @@ class Registry(dict[str, Entry]):
         return is_reference(name) and not self.explain(str(name))
 
     def explain(self, name: str) -> str:
-        """Return why a reference cannot be used, or '' if it can be, or is an entry."""
+        """Return why a reference cannot be used, or '' if it can be used or is an entry."""
         if super().__contains__(name):
             return ''
         try:

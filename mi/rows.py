@@ -37,7 +37,7 @@ def sum_over_rows(tree: Tree) -> Tree:
 
 
 def mean_over_rows(tree: Tree) -> Tree:
-    """Average values over the devices that share a batch; all have the same number of rows."""
+    """Average values over the devices that share a batch, with equally many rows each."""
     row_axes = _get_row_axes()
     return jax.lax.pmean(tree, row_axes) if row_axes else tree
 

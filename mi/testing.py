@@ -1,4 +1,4 @@
-"""Checks for user-defined modules; the modules of this package pass the same checks.
+"""Checks for user-defined modules, which the modules of this package also pass.
 
     from mi import testing
 
@@ -35,9 +35,9 @@ def check_fusion(
     """Check that a module (x, z) → y meets the requirements of `mi.fusion`.
 
     - y is [..., features] for all broadcastable leading axes, and broadcasting z is equivalent to
-      repeating it;
-    - each row of y depends only on its own row of x and z, and `jit` and `vmap` do not change it;
-    - the gradients of every parameter, of x and of z are finite and not all zero;
+      repeating it.
+    - Each row of y depends only on its own row of x and z, and `jit` and `vmap` do not change it.
+    - The gradients of every parameter, of x and of z are finite and not all zero.
     - `dtype` is the dtype of y, and parameters stay in `param_dtype`.
 
     Args:
@@ -46,7 +46,7 @@ def check_fusion(
       uses_context: whether y depends on z; False for a baseline without context.
 
     Raises:
-      AssertionError: if a check fails; the message has the expected and the actual result.
+      AssertionError: if a check fails. The message has the expected and the actual result.
     """
     module: Any = constructor(OUTPUTS)
     variables = randomize(module, jnp.zeros((1, FEATURES)), _draw_context(1, is_one_hot))
@@ -95,18 +95,18 @@ def check_fusion(
 def check_cell(constructor: Callable[..., nn.Module], features: int = 8) -> None:
     """Check a recurrent cell, (carry, x [T, B, n], reset, keep) → (carry, h [T, B, H]).
 
-    - h has shape [T, B, H], and a call preserves the structure, shapes and dtypes of the carry;
-    - running a sequence in two halves gives the same result as running it in one call;
-    - h_t does not depend on later steps of x or on other rows;
-    - `reset` before a step is equivalent to a new sequence, and a `keep` of ones has no effect;
-    - the gradients of every parameter and of x are finite and not all zero.
+    - h has shape [T, B, H], and a call preserves the structure, shapes and dtypes of the carry.
+    - Running a sequence in two halves gives the same result as running it in one call.
+    - h_t does not depend on later steps of x or on other rows.
+    - `reset` before a step is equivalent to a new sequence, and a `keep` of ones has no effect.
+    - The gradients of every parameter and of x are finite and not all zero.
 
     Args:
       constructor: constructor of the cell, called with `features`.
       features: H, the number of state features.
 
     Raises:
-      AssertionError: if a check fails; the message has the expected and the actual result.
+      AssertionError: if a check fails. The message has the expected and the actual result.
     """
     cell: Any = constructor(features)
     x, carry = _normal(0, STEPS, ROWS, FEATURES), cell.initial(ROWS)
@@ -165,12 +165,12 @@ def check_cell(constructor: Callable[..., nn.Module], features: int = 8) -> None
 def check_environment(environment: Any, num_rows: int = 8, seed: int = 0) -> None:
     """Check a `mi.rl.envs.spec.JaxEnvironment`: its spec, and episodes of a random policy.
 
-    - the types of reset and step match the spec (`mi.rl.envs.check.check_environment`);
-    - equal keys and actions give equal episodes, with `jit` and `vmap`;
-    - observations are finite and within the spec's categories, vocabulary and tasks;
-    - rewards are finite;
-    - the task of an observation is the task of the episode;
-    - every episode ends within `Spec.episode` steps.
+    - The types of reset and step match the spec (`mi.rl.envs.check.check_environment`).
+    - Equal keys and actions give equal episodes, with `jit` and `vmap`.
+    - Observations are finite and within the spec's categories, vocabulary and tasks.
+    - Rewards are finite.
+    - An observation has the task of its episode.
+    - Every episode ends within `Spec.episode` steps.
 
     Args:
       environment: the environment.
@@ -179,7 +179,7 @@ def check_environment(environment: Any, num_rows: int = 8, seed: int = 0) -> Non
 
     Raises:
       UserError: if a type contradicts the spec.
-      AssertionError: if a check fails; the message has the expected and the actual result.
+      AssertionError: if a check fails. The message has the expected and the actual result.
     """
     from mi.rl.envs import check
 
@@ -209,8 +209,8 @@ def check_environment(environment: Any, num_rows: int = 8, seed: int = 0) -> Non
             if is_over.all():
                 return steps
         raise AssertionError(
-            f'expected every episode to end within Spec.episode = {spec.episode} steps; '
-            f'{num_rows - is_over.sum()} of {num_rows} episodes did not'
+            f'Spec.episode = {spec.episode}: expected every episode to end within this many steps, '
+            f'but {num_rows - is_over.sum()} of {num_rows} did not'
         )
 
     # Episodes of a random policy, twice.
@@ -225,22 +225,22 @@ def check_host_environment(
 ) -> None:
     """Check a `mi.rl.envs.spec.HostEnvironment` with a random policy.
 
-    - the spec and the first step are valid (`mi.rl.envs.check`);
-    - every step has the shapes and dtypes of the first, finite rewards, and observations within the
-      spec's categories, vocabulary and tasks;
-    - each row keeps its task; `is_first` follows `is_last`, with reward 0;
-    - equal seeds and actions give equal steps;
+    - The spec and the first step are valid (`mi.rl.envs.check`).
+    - Every step has the shapes and dtypes of the first, finite rewards, and observations within the
+      spec's categories, vocabulary and tasks.
+    - Each row keeps its task, and a step with `is_first` and reward 0 follows `is_last`.
+    - Equal seeds and actions give equal steps.
     - `recv` does not overwrite the previous step.
 
     Args:
       maker: maker(suite, *, batch, seed) → environment, as in `mi.rl.envs.HOST`.
       suite: the part of the environment's name after the slash.
-      num_rows: number of rows; at least one for each task.
+      num_rows: number of rows, with at least one for each task.
       num_steps: number of steps of the random policy.
 
     Raises:
       UserError: if a type contradicts the spec.
-      AssertionError: if a check fails; the message has the expected and the actual result.
+      AssertionError: if a check fails. The message has the expected and the actual result.
     """
     from mi.rl.envs import check
 

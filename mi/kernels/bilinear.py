@@ -81,7 +81,7 @@ def choose_order(
       features: k, the number of output features.
       context: 'dense', or 'ids' for integer ids in [0, m).
       platform: the platform that the product runs on.
-      contexts: m, the number of contexts; required if `context` is 'ids'.
+      contexts: m, the number of contexts. Required if `context` is 'ids'.
     """
     # A symbolic size counts as 1: a step that is exported for any batch mostly has few rows.
     x_shape, z_shape = _fix_sizes(x_shape), _fix_sizes(z_shape)
@@ -153,7 +153,7 @@ def bilinear(
         against those of x. A missing axis or an axis of length 1 is contracted once, not once per
         position. Ids outside of [0, m) are clipped.
       W: the weights, [m, n, k].
-      order: one of the orders that `choose_order` lists; by default, the one that it chooses.
+      order: one of the orders that `choose_order` lists. Defaults to the one that it chooses.
         'groups' does not support forward-mode differentiation.
       precision: as in `jax.lax.dot_general`.
 
@@ -349,7 +349,7 @@ def _einsum(
     right: Array,
     out_dtype: DTypeLike | None = None,
 ) -> Array:
-    """Compute an einsum of two arrays in at least f32; X, Z and Y are replaced as in `label`."""
+    """Compute an einsum of two arrays in at least f32, replacing X, Z and Y as in `label`."""
     return accumulate(
         functools.partial(jnp.einsum, operands.label(equation)),
         left,

@@ -16,7 +16,7 @@ BLOCK_ROWS = 32  # rows with the same id that are multiplied together
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def multiply_by_id(x: Array, ids: Array, W: Array, precision: Precision) -> Array:
-    """Compute W[ids] x for rows x [B, n], sorting them by id internally; reverse mode only."""
+    """Compute W[ids] x for x [B, n], sorting rows by id internally. Only supports reverse mode."""
     permutation, group_sizes, group_starts = _sort_by_id(ids, W.shape[0])
     sorted_x = _append_zero_block(x[permutation])
     outputs = _multiply_sorted(sorted_x, group_sizes, group_starts, W, precision)
@@ -74,7 +74,7 @@ multiply_by_id.defvjp(_multiply_by_id_forward, _multiply_by_id_backward)
 
 
 def _sort_by_id(ids: Array, num_ids: int) -> tuple[Array, Array, Array]:
-    """Return the permutation that sorts the ids, and the size and start of the group of each id."""
+    """Return the permutation that sorts the ids, and the size and start of each id's group."""
     group_sizes = jnp.bincount(ids, length=num_ids)
     return jnp.argsort(ids), group_sizes, jnp.cumsum(group_sizes) - group_sizes
 

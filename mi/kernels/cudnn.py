@@ -20,8 +20,8 @@ class _Residuals(NamedTuple):
 
     Attributes:
       call: residuals of `rnn.lstm_fwd`, the first of which is x [B, T, n].
-      unpack_weights: the transpose of `pack_weights`, which maps its cotangent to those of W, U and
-        b.
+      unpack_weights: the transpose of `pack_weights`, which maps its cotangent to the cotangents of
+        W, U and b.
     """
 
     call: tuple[Array, ...]
@@ -30,7 +30,7 @@ class _Residuals(NamedTuple):
 
 @jax.custom_vjp
 def lstm(carry: Carry, x: Array, weights: LSTMWeights) -> tuple[Carry, Array]:
-    """Compute `mi.cells.LSTM` in f32; sequential under vmap, and reverse mode only.
+    """Compute `mi.cells.LSTM` in f32, sequentially under vmap. Only supports reverse mode.
 
     As with XLA, products are in TF32 unless jax_default_matmul_precision is 'highest'.
 

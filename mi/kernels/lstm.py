@@ -40,7 +40,7 @@ def lstm_reference(
     reset: Array | None = None,
     keep: Array | None = None,
 ) -> tuple[Carry, Array]:
-    """Compute `lstm` directly from its equations; supports forward-mode differentiation."""
+    """Compute `lstm` directly from its equations. Supports forward and reverse mode."""
     W, U, b = weights
 
     def step(carry: Carry, Wx: Array) -> tuple[Carry, Array]:
@@ -66,8 +66,8 @@ def scan_lstm(
       step: function (carry, inputs) → (carry, h).
       carry: tuple of arrays that starts with c and h, each [B, H].
       inputs: inputs of all steps.
-      reset: bool [T, B], True where the carry is zeroed before the step; None for no resets.
-      keep: dropout mask [B, H] that multiplies h before every step; None for no dropout.
+      reset: bool [T, B], True where the carry is zeroed before the step, or None for no resets.
+      keep: dropout mask [B, H] that multiplies h before every step, or None for no dropout.
       dtype: dtype of the products in the step.
     """
     carry, keep = widen((carry, keep), dtype)
@@ -109,7 +109,7 @@ def update_carry(
 
 
 def multiply(vectors: Array, W: Array) -> Array:
-    """Multiply vectors by W in the dtype of W; return the result in at least f32."""
+    """Multiply vectors by W in the dtype of W, and return the result in at least f32."""
     return linear(vectors.astype(W.dtype), W, out_dtype=accumulation_dtype(W))
 
 
@@ -132,7 +132,7 @@ def lstm(
     reset: Array | None = None,
     keep: Array | None = None,
 ) -> tuple[Carry, Array]:
-    """Compute `mi.cells.LSTM` with a custom backward pass; reverse mode only.
+    """Compute `mi.cells.LSTM` with a custom backward pass. Only supports reverse mode.
 
     Five choices make this faster than `lstm_reference` on CPU, as measured by benchmarks/lm.py:
 
@@ -149,9 +149,10 @@ def lstm(
     Args:
       carry: the initial (c, h), each [B, H], in f32, or in f64 if W is f64.
       x: the inputs, [T, B, n], in the dtype of W.
-      weights: W and U in the dtypes of their products with x and h; b in the dtype of the carry.
-      reset: bool [T, B], True where the carry is zeroed before the step; None for no resets.
-      keep: dropout mask [B, H] of h, which is not differentiated; None for no dropout.
+      weights: W and U in the dtypes of their products with x and h, and b in the dtype of the
+        carry.
+      reset: bool [T, B], True where the carry is zeroed before the step, or None for no resets.
+      keep: dropout mask [B, H] of h, which is not differentiated, or None for no dropout.
 
     Returns:
       (c, h) after the last step, and h of every step [T, B, H].
@@ -308,7 +309,7 @@ def _get_previous_states(residuals: _Residuals, resets: Array | None) -> tuple[A
 
 
 def _multiply_rows(equation: str, left: Array, right: Array) -> Array:
-    """Multiply in the dtype of `left`, accumulated in at least f32; r labels the T · B rows."""
+    """Multiply in the dtype of `left`, accumulating in at least f32, with r for the T · B rows."""
     return jnp.einsum(
         equation, left, right.astype(left.dtype), preferred_element_type=accumulation_dtype(left)
     )
