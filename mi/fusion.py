@@ -76,7 +76,7 @@ FUSIONS: Registry[Callable[..., nn.Module]] = Registry(
 )
 
 ONE_HOT = {'multi_head'}
-"""Names of fusions that need a one-hot context; a config file may add its own."""
+"""Names of fusions that need a one-hot context. A config file may add its own."""
 
 OPTIONS = ('rank', 'hidden')
 RESERVED = (*OPTIONS, 'features', 'context', 'contexts')  # the trainer sets them
@@ -97,7 +97,7 @@ def get(
       A constructor that accepts `context`, and ignores it if the module has no such field.
 
     Raises:
-      ValueError: if the name or a size is unknown; the message names the nearest known one.
+      ValueError: if the name or a size is unknown. The message suggests the nearest known one.
       ArgumentError: if an option is not a field of the module, or has another type than the field.
     """
     if fusion_name not in FUSIONS:

@@ -71,7 +71,7 @@ def interaction_init(context: Context, variance: float = 1.0) -> Initializer:
 
 
 def check_dense(z: Array) -> None:
-    """Raise ValueError if z holds integer ids; for modules that do not accept them."""
+    """Raise ValueError if z holds integer ids, which some modules do not accept."""
     if jnp.issubdtype(z.dtype, jnp.integer):
         raise ValueError(
             f'z is {z.dtype} {z.shape}: expected a float context [..., m], because this '
@@ -80,7 +80,7 @@ def check_dense(z: Array) -> None:
 
 
 def one_hot(ids: Array, contexts: int, dtype: DTypeLike) -> Array:
-    """Return one-hot contexts [..., m] for ids [...]; out-of-range ids are clipped."""
+    """Return one-hot contexts [..., m] for ids [...], clipping out-of-range ids."""
     return jax.nn.one_hot(jnp.clip(ids, 0, contexts - 1), contexts, dtype=dtype)
 
 
@@ -153,8 +153,8 @@ class Affine(nn.Module):
     Attributes:
       features: k, the number of output features.
       dtype, param_dtype, precision: as in `MultiplicativeInteraction`.
-      V_init: initializer of V [n, k]; `lecun_normal` by default.
-      b_init: initializer of b [k]; zeros by default.
+      V_init: initializer of V [n, k]. Defaults to `lecun_normal`.
+      b_init: initializer of b [k]. Defaults to zeros.
     """
 
     features: int
@@ -181,14 +181,14 @@ class MultiplicativeInteraction(nn.Module):
 
     Attributes:
       features: k, the number of output features.
-      context: 'dense' or 'one_hot'; determines the initial scale of W and U.
-      contexts: m, the number of contexts; required if z holds integer ids.
+      context: 'dense' or 'one_hot', which determines the initial scale of W and U.
+      contexts: m, the number of contexts. Required if z holds integer ids.
       use_W, use_U, use_V, use_b: whether to include each term.
-      dtype: dtype of the computation; by default the promoted dtype of inputs and parameters.
+      dtype: dtype of the computation. Defaults to the promoted dtype of inputs and parameters.
       param_dtype: dtype of the parameters.
       precision: as in `jax.lax.dot_general`.
-      W_init, U_init, V_init: initializers; by default, each term has an equal share of variance 1.
-      b_init: initializer of b; zeros by default.
+      W_init, U_init, V_init: initializers. By default, each term has an equal share of variance 1.
+      b_init: initializer of b. Defaults to zeros.
     """
 
     features: int
@@ -344,7 +344,7 @@ class MultiHead(MultiplicativeInteraction):
     the given context is computed.
 
     Attributes:
-      features, …: as in `MultiplicativeInteraction`; `context` must be 'one_hot'.
+      features, …: as in `MultiplicativeInteraction`, but `context` must be 'one_hot'.
     """
 
     context: Context = 'one_hot'
@@ -431,7 +431,7 @@ class _HasContexts(Protocol):
 
 
 def _prepare_inputs(module: _HasContexts, x: Array, z: Array) -> tuple[Array, Array, int]:
-    """Align x and z and cast them to the dtype of the computation; return them and m."""
+    """Align x and z, cast them to the dtype of the computation, and return them and m."""
     has_ids = jnp.issubdtype(z.dtype, jnp.integer)
     if has_ids and module.contexts is None:
         raise ValueError(

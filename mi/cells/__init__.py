@@ -57,7 +57,7 @@ CELLS.refuse = lambda cell: '' if is_cell(cell) else 'its __call__ has no argume
 
 
 def is_cell(constructor: Callable[..., nn.Module]) -> bool:
-    """Return whether the call of a module, or of a partial of one, has an argument `reset`."""
+    """Return whether a module or a partial of a module is called with an argument `reset`."""
     module: Any = constructor
     while isinstance(module, functools.partial):
         module = module.func
@@ -68,7 +68,7 @@ def get(cell_name: str, **options: object) -> Callable[..., nn.Module]:
     """Return the constructor CELLS[cell_name], with the options that are fields of the cell bound.
 
     Raises:
-      ValueError: if the name is unknown; the message suggests the nearest known name.
+      ValueError: if the name is unknown. The message suggests the nearest known name.
     """
     if cell_name not in CELLS:
         raise ValueError(f'unknown cell {cell_name!r}; {suggest(cell_name, CELLS)}')

@@ -120,7 +120,7 @@ class HyperLSTM(nn.Module):
         return carry, hiddens.astype(x.dtype)
 
     def _make_norm(self, name: str, groups: int, size: int) -> Callable[[Array], Array]:
-        """Return a layer norm with parameters of its own, or the identity without `layer_norm`."""
+        """Return a layer norm with its own parameters, or the identity if `layer_norm` is False."""
         if not self.layer_norm:
             return lambda array: array
         shape = (groups * size,)
@@ -130,7 +130,7 @@ class HyperLSTM(nn.Module):
         return functools.partial(_normalize_groups, gain=gain, shift=shift, groups=groups)
 
     def initial(self, batch: int) -> HyperCarry:
-        """Return the carry before the first step, which is zero in both LSTMs."""
+        """Return zeros as the carry of both LSTMs before the first step."""
         dtype = self.dtype or self.param_dtype
         return *initial_carry(batch, self.features, dtype), *initial_carry(
             batch, self.hyper_features, dtype
@@ -146,7 +146,7 @@ def _generate(embeddings: Array, D: Array) -> Array:
 
 
 def _normalize_groups(array: Array, *, gain: Array, shift: Array, groups: int) -> Array:
-    """Normalize each group of [B, groups · H] to mean 0 and variance 1; apply gain and shift."""
+    """Normalize each group of [B, groups · H] to mean 0 and variance 1, then scale and shift it."""
     dtype = array.dtype
     grouped = array.reshape(array.shape[0], groups, -1)
     grouped = jax.nn.standardize(grouped, axis=-1, epsilon=1e-3)  # the ε of the authors' code

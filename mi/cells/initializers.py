@@ -16,7 +16,7 @@ def orthogonal_gates(key: Array, shape: tuple[int, int], dtype: DTypeLike) -> Ar
 
 
 def orthogonal(key: Array, shape: tuple[int, int], dtype: DTypeLike) -> Array:
-    """Draw an orthogonal matrix of any dtype; the decomposition is computed in f32.
+    """Draw an orthogonal matrix in f32 and cast it to `dtype`.
 
     Under vmap, the matrices are drawn one after another. On CPU, jaxlib decomposes a batch in an
     XLA thread that waits for other threads, so simultaneous decompositions on two devices can
@@ -31,7 +31,7 @@ def orthogonal(key: Array, shape: tuple[int, int], dtype: DTypeLike) -> Array:
 
 
 def forget_bias(key: Array, shape: tuple[int], dtype: DTypeLike) -> Array:
-    """Return the bias [4H] of i, f, o, j, which is 1 for f and 0 for the others."""
+    """Return a bias [4H] for i, f, o, j that is 1 for f and 0 for the others."""
     del key
     hidden_size = shape[0] // 4
     return jnp.zeros(shape, dtype).at[hidden_size : 2 * hidden_size].set(1)

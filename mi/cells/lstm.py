@@ -26,7 +26,7 @@ class LSTM(nn.Module):
       features: H, the number of state features.
       impl: 'xla', or 'cudnn' for NVIDIA's kernel, which requires an NVIDIA GPU and f32, and
         supports neither `reset` nor `keep`.
-      dtype: dtype of the products with W and U; the gates and the state are in at least f32.
+      dtype: dtype of the products with W and U. The gates and the state are in at least f32.
       param_dtype: dtype of the parameters.
     """
 
@@ -73,5 +73,5 @@ class LSTM(nn.Module):
         return carry, hiddens.astype(x.dtype)
 
     def initial(self, batch: int) -> Carry:
-        """Return the carry before the first step, which is zero."""
+        """Return zeros as the carry before the first step."""
         return initial_carry(batch, self.features, self.dtype or self.param_dtype)

@@ -37,8 +37,8 @@ class MogrifierLSTM(nn.Module):
 
     Attributes:
       features, dtype, param_dtype: as in `LSTM`.
-      rounds: r, the number of rounds; 0 for the LSTM.
-      rank: rank of every Q_i and R_i; None for full matrices.
+      rounds: r, the number of rounds. With 0 rounds, this is the LSTM.
+      rank: rank of every Q_i and R_i, or None for full matrices.
       capped: whether to limit the input gate to min(1 − σ(f), σ(i)), which keeps c in [−1, 1].
     """
 
@@ -100,7 +100,7 @@ class MogrifierLSTM(nn.Module):
         return carry, hiddens.astype(dtype)
 
     def _make_factors(self, name: str, num_rows: int, num_columns: int) -> list[Array]:
-        """Return the one or two parameters whose product is the matrix of a round."""
+        """Return the one or two parameters whose product is a round's matrix."""
         lecun_normal = initializers.lecun_normal()
         if self.rank is None:
             return [self.param(name, lecun_normal, (num_rows, num_columns), self.param_dtype)]
@@ -110,5 +110,5 @@ class MogrifierLSTM(nn.Module):
         ]
 
     def initial(self, batch: int) -> Carry:
-        """Return the carry before the first step, which is zero."""
+        """Return zeros as the carry before the first step."""
         return initial_carry(batch, self.features, self.dtype or self.param_dtype)

@@ -64,7 +64,7 @@ class MultiplicativeLSTM(nn.Module):
         return carry, hiddens.astype(x.dtype)
 
     def initial(self, batch: int) -> Carry:
-        """Return the carry before the first step, which is zero."""
+        """Return zeros as the carry before the first step."""
         return initial_carry(batch, self.features, self.dtype or self.param_dtype)
 
 
@@ -127,5 +127,5 @@ class MILSTM(nn.Module):
         return carry, hiddens.astype(x.dtype)
 
     def initial(self, batch: int) -> Carry:
-        """Return the carry before the first step, which is zero."""
+        """Return zeros as the carry before the first step."""
         return initial_carry(batch, self.features, self.dtype or self.param_dtype)

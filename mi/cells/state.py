@@ -1,4 +1,4 @@
-"""The initial state of the cells, and checks of the shapes of their inputs."""
+"""The initial state of the cells, and shape checks for their inputs."""
 
 from collections.abc import Sequence
 

@@ -30,12 +30,12 @@ Positions = Literal['none', 'rotary', 'relative']
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
 def masked_softmax(scores: Array, mask: Array, dtype: DTypeLike | None = None) -> Array:
-    """Return the softmax over the unmasked entries of the last axis; fully masked rows are zero.
+    """Return the softmax over unmasked entries of the last axis, and zeros for fully masked rows.
 
     Args:
-      scores: [..., T, S]; the softmax is computed in their dtype.
-      mask: bool, broadcastable to the scores; False entries are masked.
-      dtype: dtype of the result; defaults to that of the scores. The backward pass only keeps the
+      scores: the scores, [..., T, S]. The softmax is computed in their dtype.
+      mask: bool, broadcastable to the scores. False entries are masked.
+      dtype: dtype of the result. Defaults to that of the scores. The backward pass only keeps the
         result, so bf16 attention stores two bytes per weight instead of the four of an f32 score.
     """
     lowest_score = jnp.finfo(scores.dtype).min
@@ -101,15 +101,15 @@ class Attention(nn.Module):
 
     Attributes:
       heads: H, the number of heads of the queries.
-      features: k, the number of output features; defaults to n.
-      head_features: d, the number of features per head; defaults to k / H.
+      features: k, the number of output features. Defaults to n.
+      head_features: d, the number of features per head. Defaults to k / H.
       kv_heads: number of heads of the keys and values, each shared by H / kv_heads consecutive
-        query heads (grouped-query attention, Ainslie et al., 2023); defaults to H.
+        query heads (grouped-query attention, Ainslie et al., 2023). Defaults to H.
       causal: whether a query only sees its own and earlier positions.
       positions: 'none', 'rotary' or 'relative'.
-      window: a query only sees positions closer than this, including its own; None for no limit.
-      dropout: dropout rate of the weights; requires the rng 'dropout'.
-      dtype: dtype of the computation; by default the promoted dtype of inputs and parameters.
+      window: a query only sees positions closer than this, including its own. None means no limit.
+      dropout: dropout rate of the weights, which requires the rng 'dropout'.
+      dtype: dtype of the computation. Defaults to the promoted dtype of inputs and parameters.
       param_dtype: dtype of the parameters.
     """
 
@@ -138,7 +138,7 @@ class Attention(nn.Module):
 
         Args:
           x: the query tokens, [..., T, n].
-          z: the key tokens, [..., S, m]; defaults to x.
+          z: the key tokens, [..., S, m]. Defaults to x.
           mask: bool [..., T, S], True where a query may see a key. It has as many axes as x or z,
             of length 1 where it is shared. A padding mask for the keys is [..., 1, S]. With a
             cache, S is the length of the cache.
@@ -314,7 +314,7 @@ def _append(cache: dict[str, nn.Variable], keys: Array, values: Array) -> tuple[
 
 
 def _check_mask(mask: Array, shape: tuple[int, ...]) -> Array:
-    """Check that the mask is bool, of this rank, and broadcastable to this shape; return it."""
+    """Check that the mask is bool, of this rank, and broadcastable to this shape, and return it."""
     is_broadcastable = mask.ndim == len(shape) and all(
         size in (1, full_size) for size, full_size in zip(mask.shape, shape, strict=True)
     )
@@ -352,7 +352,7 @@ class GatedCrossAttention(nn.Module):
     def __call__(
         self, x: Array, z: Array, mask: Array | None = None, *, deterministic: bool = True
     ) -> Array:
-        """Return y [..., T, n] for x [..., T, n] and z [..., S, m]; `mask` is as in `Attention`."""
+        """Return y [..., T, n] for x [..., T, n] and z [..., S, m], masked as in `Attention`."""
         mixture = _make_attention(self)(x, z, mask, deterministic=deterministic)
         a = self.param('a', initializers.zeros, (), self.param_dtype)
         x = expand_rank(x.astype(mixture.dtype), mixture.ndim)
@@ -367,10 +367,10 @@ class LatentCrossAttention(nn.Module):
 
     Attributes:
       latents: L, the number of latents.
-      features: d, the number of features of the latents and of the output.
-      heads: number of heads; 1 in the paper.
+      features: d, the number of features in the latents and the output.
+      heads: number of heads, which is 1 in the paper.
       head_features, kv_heads, dropout, dtype, param_dtype: as in `Attention`.
-      latents_init: initializer of the latents; by default a normal with standard deviation 0.02,
+      latents_init: initializer of the latents. Defaults to a normal with standard deviation 0.02,
         truncated at two standard deviations.
     """
 
@@ -386,7 +386,7 @@ class LatentCrossAttention(nn.Module):
 
     @nn.compact
     def __call__(self, z: Array, mask: Array | None = None, *, deterministic: bool = True) -> Array:
-        """Return y [..., L, d] for z [..., S, m]; `mask` is as in `Attention`."""
+        """Return y [..., L, d] for z [..., S, m], masked as in `Attention`."""
         latents_shape = self.latents, self.features
         x = self.param('latents', self.latents_init, latents_shape, self.param_dtype)
         x, z = align_tokens(x, z)

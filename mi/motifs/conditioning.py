@@ -36,7 +36,7 @@ class ConcatMLP(nn.Module):
 
     Attributes:
       features, context, dtype, param_dtype: as in `MultiplicativeInteraction`.
-      hidden: width of the hidden layer; defaults to `features`.
+      hidden: width of the hidden layer. Defaults to `features`.
     """
 
     features: int
@@ -70,7 +70,7 @@ class FiLM(nn.Module):
 
     Attributes:
       features, context, dtype, param_dtype: as in `MultiplicativeInteraction`.
-      gamma_variance: g, the initial variance of each entry of γ(z); 0 for γ(z) = 0.
+      gamma_variance: g, the initial variance of each entry in γ(z), where 0 gives γ(z) = 0.
 
     Raises:
       ValueError: if g is negative.

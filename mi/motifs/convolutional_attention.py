@@ -1,4 +1,4 @@
-"""Self-attention on a grid that can express a convolution, and a converter of convolutions."""
+"""Self-attention on a grid that can express a convolution, and a converter for convolutions."""
 
 import jax
 import jax.numpy as jnp
@@ -30,11 +30,11 @@ class ConvolutionalSelfAttention(nn.Module):
     large α, the module is a convolution with edge padding; see `convert_convolution`.
 
     Attributes:
-      heads: H, the number of heads; K² for a K × K convolution.
+      heads: H, the number of heads, which is K² for a K × K convolution.
       features: k, the number of output features.
       dtype, param_dtype: as in `Attention`.
-      Delta_init: initializer of Δ [H, 2]; by default, N(0, 2) for every entry.
-      alpha_init: initializer of α [H]; by default, ones.
+      Delta_init: initializer of Δ [H, 2]. Defaults to N(0, 2) for every entry.
+      alpha_init: initializer of α [H]. Defaults to ones.
     """
 
     heads: int
@@ -86,12 +86,12 @@ def convert_convolution(
 
     Head h = K_2 i + j attends to (i − (K_1 − 1) // 2, j − (K_2 − 1) // 2), the offset of the kernel
     entry (i, j) under 'SAME' padding. The grid is padded with its edge instead of zeros, so the
-    outputs agree wherever the kernel stays inside the grid. The weights of all other positions of a
-    head are at most exp(−alpha).
+    outputs agree wherever the kernel stays inside the grid. Each head's weights for all other
+    positions are at most exp(−alpha).
 
     Args:
       kernel: the kernel, [K_1, K_2, n, k], as in `flax.linen.Conv`.
-      b: the bias, [k]; None for zeros.
+      b: the bias, [k], or None for zeros.
       alpha: α of all heads.
 
     Returns:

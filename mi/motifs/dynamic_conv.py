@@ -32,13 +32,13 @@ class LightweightConvolution(nn.Module):
     Lightweight and Dynamic Convolutions, 2019.
 
     Attributes:
-      heads: H, the number of heads; must divide C.
+      heads: H, the number of heads, which must divide C.
       width: K, the width of the kernel.
-      causal: whether y_t only depends on x_t and earlier positions; otherwise the kernel is
+      causal: whether y_t only depends on x_t and earlier positions. Otherwise the kernel is
         centered.
-      dropconnect: rate at which entries of the softmax kernel are dropped; the other entries are
+      dropconnect: rate at which entries of the softmax kernel are dropped. The other entries are
         divided by 1 − rate. Requires the rng 'dropout'.
-      dtype: dtype of the computation; by default the promoted dtype of inputs and parameters. The
+      dtype: dtype of the computation. Defaults to the promoted dtype of inputs and parameters. The
         softmax and the sum over the kernel are in at least f32.
       param_dtype: dtype of the parameters.
     """
@@ -56,7 +56,7 @@ class LightweightConvolution(nn.Module):
 
         Args:
           x: the input.
-          mask: [..., T], True where x is valid; elsewhere x is treated as zero. None if all
+          mask: [..., T], True where x is valid. Elsewhere x is treated as zero. None if all
             positions are valid.
           deterministic: whether to disable DropConnect.
 
@@ -107,7 +107,7 @@ class DynamicConvolution(nn.Module):
           x: the sequence that is convolved.
           z: the context, [..., T, m], or [..., 1, m] for the same kernel at all positions. Its
             leading axes broadcast against those of x. Defaults to x.
-          mask: [..., T], True where x is valid; elsewhere x is treated as zero. None if all
+          mask: [..., T], True where x is valid. Elsewhere x is treated as zero. None if all
             positions are valid.
           deterministic: whether to disable DropConnect.
 
@@ -147,7 +147,8 @@ class ConditionalConvolution(nn.Module):
       experts: E, the number of experts.
       strides: strides along the height and the width, or one number for both.
       padding: 'SAME', 'VALID', or a pair (before, after) for each axis.
-      context, dtype, param_dtype: as in `MultiplicativeInteraction`; routing is in at least f32.
+      context, dtype, param_dtype: as in `MultiplicativeInteraction`, but routing is in at least
+        f32.
     """
 
     features: int
@@ -204,7 +205,7 @@ def convolve(x: Array, kernel: Array, causal: bool) -> Array:
     """Compute y_tc = Σ_j kernel_thj x_{t+j−l, c} for x [..., T, C] and kernel [..., T or 1, H, K].
 
     The sum runs over shifted copies of x, which XLA fuses and the backward pass recomputes. The sum
-    has the dtype of the kernel, which is at least f32; the output has the dtype of x.
+    has the dtype of the kernel, which is at least f32, and the output has the dtype of x.
     """
     num_positions, num_channels = x.shape[-2:]
     heads, width = kernel.shape[-2:]

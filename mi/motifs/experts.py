@@ -32,7 +32,7 @@ class DenseMixture(nn.Module):
     Attributes:
       features: k, the number of output features.
       experts: E, the number of experts.
-      context, dtype, param_dtype: as in `MultiplicativeInteraction`; the softmax is in at least
+      context, dtype, param_dtype: as in `MultiplicativeInteraction`, but the softmax is in at least
         f32.
     """
 
@@ -82,11 +82,11 @@ class RoutedMixture(nn.Module):
       experts: E, the number of experts.
       hidden: h, the hidden width of an expert.
       top_k: S, the number of experts per token.
-      capacity_factor: limit of the tokens per expert, relative to a uniform routing; None for no
+      capacity_factor: limit of the tokens per expert, relative to a uniform routing, or None for no
         limit.
       activation: activation of the hidden layer.
-      context: 'dense' or 'one_hot'; determines the initial scale of G.
-      dtype, param_dtype: as in `MultiplicativeInteraction`; the router is in at least f32.
+      context: 'dense' or 'one_hot', which determines the initial scale of G.
+      dtype, param_dtype: as in `MultiplicativeInteraction`, but the router is in at least f32.
     """
 
     features: int
@@ -165,7 +165,7 @@ class RoutedMixture(nn.Module):
 
         Args:
           logits: logits of the router, [N, E].
-          valid: [N], whether a row is a token; other rows get the expert E, which does not exist.
+          valid: [N], whether a row is a token. Other rows get the expert E, which does not exist.
         """
         num_experts, top_k = self.experts, self.top_k
         p = jax.nn.softmax(logits)
@@ -191,9 +191,9 @@ def assign_blocks(choices: Array, experts: int, capacity: int | None) -> tuple[A
     Args:
       choices: [N, S], the experts of each token, all different. E stands for no expert.
       experts: E, the number of experts.
-      capacity: maximum number of tokens per expert; None for no limit. Without a limit, R is
-        ⌈N · S / E⌉, and B is the largest number of blocks that any assignment needs, which is less
-        than 2 E. With a limit, each expert has one block of at most `capacity` rows.
+      capacity: maximum number of tokens per expert, or None. If None, R is ⌈N · S / E⌉, and B is
+        the largest number of blocks that any assignment needs, which is less than 2 E. Otherwise,
+        each expert has one block of at most `capacity` rows.
 
       Returns:
         slot [N, S]: the row of each assignment in the B · R rows, or B · R if it has no row.

@@ -32,14 +32,14 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 
 def get_activation(activation: str) -> Callable[[Array], Array]:
-    """Return the activation function of this name; raise ValueError if the name is unknown."""
+    """Return the activation function with this name, or raise ValueError if it is unknown."""
     if activation not in ACTIVATIONS:
         raise ValueError(f'unknown activation {activation!r}; {suggest(activation, ACTIVATIONS)}')
     return ACTIVATIONS[activation]
 
 
 def expand_mask(x: Array, mask: Array | None) -> Array:
-    """Return the mask of x [..., C] as bool [..., 1]; None gives all True.
+    """Return the mask of x [..., C] as bool [..., 1], which is all True for None.
 
     Raises:
       ValueError: if the mask does not broadcast to the leading axes of x.
@@ -83,7 +83,7 @@ class GatedLinearUnit(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, z: Array | None = None) -> Array:
-        """Return y [..., k] for x [..., n] and z [..., m]; z defaults to x.
+        """Return y [..., k] for x [..., n] and z [..., m], which defaults to x.
 
         Raises:
           ValueError: if the activation is unknown or the leading axes do not broadcast.
@@ -111,9 +111,9 @@ class GatedFeedForward(nn.Module):
 
     Attributes:
       hidden: h, the hidden width.
-      features: k, the number of output features; defaults to n.
+      features: k, the number of output features. Defaults to n.
       activation: as in `GatedLinearUnit`.
-      use_bias: whether to include a, b and c; the paper has no biases.
+      use_bias: whether to include a, b and c. The paper has no biases.
       dropout: dropout rate of the hidden units.
       dtype, param_dtype: as in `MultiplicativeInteraction`.
     """
@@ -176,7 +176,7 @@ class Highway(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, z: Array | None = None) -> Array:
-        """Return y [..., n] for x [..., n] and z [..., m]; z defaults to x.
+        """Return y [..., n] for x [..., n] and z [..., m], which defaults to x.
 
         Raises:
           ValueError: if the activation is unknown or the leading axes do not broadcast.
@@ -202,7 +202,7 @@ class SqueezeExcitation(nn.Module):
     biases, as in the paper's equation.
 
     Attributes:
-      ratio: r, by which the bottleneck reduces the number of channels.
+      ratio: r, the factor by which the bottleneck reduces the number of channels.
       axes: the spatial axes: (-3, -2) for images [..., H, W, C], (-2,) for sequences [..., T, C].
       dtype, param_dtype: as in `MultiplicativeInteraction`.
     """
@@ -218,8 +218,8 @@ class SqueezeExcitation(nn.Module):
 
         Args:
           x: the feature map.
-          mask: [..., H, W], True at positions that count for the mean; None if all do. The mean
-            over no positions is 0.
+          mask: [..., H, W], True at positions that count for the mean. None if all positions count.
+            The mean over no positions is 0.
 
         Raises:
           ValueError: if r does not divide C, an axis is repeated or is not a spatial axis of x, or

@@ -88,8 +88,8 @@ class MLPHypernetwork(nn.Module):
     This is c / (c_b · fan_in · d · Var h) in the paper, with c_b = 2 because y also has a generated
     bias, and c = 1 because no relu follows. With hyperfan-in, y has unit variance for unit-variance
     x and z. With hyperfan-out, the gradients of x and y have the same variance, and y has unit
-    variance for n ≤ k. E[h²] is the second moment of the activation of a unit-variance Gaussian.
-    The initialization of the hidden layers gives each activation unit-variance inputs.
+    variance for n ≤ k. E[h²] is the activation's second moment for a unit-variance Gaussian. The
+    initialization of the hidden layers gives each activation unit-variance inputs.
 
     With `chunk`, the head is small: W is [d, chunk] and generates W'(z) chunk by chunk. Each chunk
     has its own h, a function of z and of a learned embedding of the chunk (von Oswald et al.,
@@ -99,12 +99,12 @@ class MLPHypernetwork(nn.Module):
 
     Attributes:
       features: k, the number of output features.
-      hidden: widths of the hidden layers, or a number for a single layer; defaults to one layer of
+      hidden: widths of the hidden layers, or a number for a single layer. Defaults to one layer of
         width k.
       activation: activation of the hidden layers.
       hyperfan: 'in' or 'out', the initialization above.
-      chunk: number of entries of W'(z) in a chunk; None for no chunks.
-      context: 'dense' or 'one_hot'; determines the initial scale of the first layer.
+      chunk: number of entries of W'(z) in a chunk, or None for no chunks.
+      context: 'dense' or 'one_hot', which determines the initial scale of the first layer.
       dtype, param_dtype: as in `MultiplicativeInteraction`.
     """
 
@@ -176,7 +176,7 @@ class Hypernetwork(nn.Module):
         it must not draw random numbers.
       hidden: widths of the hidden layers, or a number for a single layer.
       activation: activation of the hidden layers.
-      chunk: number of entries of θ(z) in a chunk; None for no chunks.
+      chunk: number of entries of θ(z) in a chunk, or None for no chunks.
       context: as in `MLPHypernetwork`.
       dtype: dtype of the hidden layers. θ(z) has the dtype of V, and the target computes in its own
         dtype.

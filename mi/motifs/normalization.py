@@ -48,7 +48,7 @@ class ConditionalLayerNorm(nn.Module):
     at zero (dynamic layer norm: Kim et al., 2017; adaLN: Peebles & Xie, 2023).
 
     Attributes:
-      epsilon: added to the variance.
+      epsilon: constant added to the variance.
       dtype, param_dtype: as in `MultiplicativeInteraction`.
     """
 
@@ -73,10 +73,10 @@ class ConditionalBatchNorm(nn.Module):
     under 'norm'.
 
     Attributes:
-      use_running_average: whether to normalize by the running statistics; set it here or in the
-        call.
+      use_running_average: whether to normalize by the running statistics. Set it either here or in
+        the call.
       momentum: decay of the running statistics r: r ← momentum · r + (1 − momentum) · batch.
-      epsilon: added to the variance.
+      epsilon: constant added to the variance.
       axis_name: name of the mapped axis over which statistics are averaged, as in `nn.BatchNorm`.
         All shards have equal weight, whatever their masks.
       dtype, param_dtype: as in `MultiplicativeInteraction`.
@@ -139,8 +139,8 @@ class AdaLNZero(nn.Module):
 
     Attributes:
       F: a module or function [..., n] → [..., n]. The parameters of a module are under 'F'.
-      epsilon: added to the variance.
-      dtype, param_dtype: as in `MultiplicativeInteraction`; F has its own dtypes.
+      epsilon: constant added to the variance.
+      dtype, param_dtype: as in `MultiplicativeInteraction`. F has its own dtypes.
     """
 
     F: Callable[..., Array]

@@ -121,7 +121,7 @@ class MUTAN(nn.Module):
     Attributes:
       features, context, dtype, param_dtype: as in `MultiplicativeInteraction`.
       rank: R, the rank of every slice of the core.
-      hidden: h, the size of the core; defaults to `features`.
+      hidden: h, the size of the core. Defaults to `features`.
     """
 
     features: int
@@ -133,7 +133,7 @@ class MUTAN(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, z: Array) -> Array:
-        """Return y [..., k] for x [..., n] and z [..., m]; errors as in `MLB`."""
+        """Return y [..., k] for x [..., n] and z [..., m]. Raises errors as `MLB` does."""
         return _fuse_blocks(self, x, z, blocks=None)
 
 
@@ -150,8 +150,8 @@ class BLOCK(nn.Module):
     Attributes:
       features, context, dtype, param_dtype: as in `MultiplicativeInteraction`.
       rank: R, the rank of every slice of a cube.
-      blocks: C, the number of cubes; must divide h.
-      hidden: h, the size of the core; defaults to `features`.
+      blocks: C, the number of cubes, which must divide h.
+      hidden: h, the size of the core. Defaults to `features`.
     """
 
     features: int
@@ -179,7 +179,7 @@ class CompactBilinear(nn.Module):
 
     Here * is the circular convolution, computed by FFT. y is a count sketch of z ⊗ x: up to the
     factor, inner products of sketches equal those of z ⊗ x in expectation. The factor is not from
-    the papers and gives y unit variance; for a one-hot z it is √(k / n).
+    the papers and gives y unit variance. For a one-hot z it is √(k / n).
 
     The module has no parameters. The hashes in 0 … k − 1 and the signs ±1 are constants that depend
     only on the field `seed` and the numbers of features.
@@ -198,7 +198,7 @@ class CompactBilinear(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, z: Array) -> Array:
-        """Return y [..., k] for x [..., n] and z [..., m]; errors as in `MLB`."""
+        """Return y [..., k] for x [..., n] and z [..., m]. Raises errors as `MLB` does."""
         x, z = _prepare_streams(x, z, self.context)
         x, z = nn.dtypes.promote_dtype(x, z, dtype=self.dtype)
         context_size, input_size = z.shape[-1], x.shape[-1]
@@ -222,7 +222,7 @@ class CompactBilinear(nn.Module):
 
 
 def _compute_spectrum(stream: Array, hashes: np.ndarray, signs: np.ndarray, features: int) -> Array:
-    """Return the Fourier transform of the sketch ψ of a stream."""
+    """Return the Fourier transform of a stream's sketch ψ."""
     sign_row = expand_rank(jnp.asarray(signs, accumulation_dtype(stream)), stream.ndim)
     sketch = jnp.zeros((*stream.shape[:-1], features), sign_row.dtype)
     return jnp.fft.rfft(sketch.at[..., hashes].add(stream * sign_row))

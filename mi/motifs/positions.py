@@ -20,7 +20,7 @@ def is_visible(distance: Array, causal: bool, window: int | None) -> Array:
     Args:
       distance: t − s, [...].
       causal: whether to hide keys after the query.
-      window: keys at this distance or farther are hidden; None for no limit.
+      window: keys at this distance or farther are hidden. None means no limit.
     """
     visible = jnp.ones(distance.shape, bool)
     if causal:
@@ -67,7 +67,7 @@ def rotate(tokens: Array, positions: Array) -> Array:
 
 
 def compute_sinusoids(positions: Array, features: int, dtype: DTypeLike = jnp.float32) -> Array:
-    """Return the sines, then the cosines of positions [...] (Dai et al., 2019), [..., features]."""
+    """Return sines, then cosines of positions [...], as [..., features] (Dai et al., 2019)."""
     angles = compute_angles(positions, features, dtype)
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
 
@@ -78,11 +78,11 @@ def shift_relative(scores: Array, num_keys: int) -> Array:
     Args:
       scores: [..., T, L]. Entry (t, l) is the score of query t for the distance D − l, where D is
         the largest distance, between the last query and the first key.
-      num_keys: S, the number of keys; at most L.
+      num_keys: S, the number of keys, at most L.
 
     Returns:
       [..., T, S], where entry (t, s) is entry (t, T − 1 − t + s) of `scores`. If L < T + S − 1,
-      this index can reach L; such entries hold unrelated scores, and the caller must mask them.
+      this index can reach L. Such entries hold unrelated scores, and the caller must mask them.
     """
     *leading, num_queries, num_distances = scores.shape
     padded = jnp.pad(scores, [(0, 0)] * (scores.ndim - 1) + [(1, 0)])
