@@ -187,7 +187,7 @@ def wrapped(words):
     ids=str,
 )
 def test_a_full_disk_is_one_line_and_the_status_says_it(tmp_path, error, said):
-    line = rf'--workdir={tmp_path}: {said}; .* Free some space, then run'
+    line = rf'--workdir={tmp_path}: {said}\. .* Free some space, then run'
     with pytest.raises(UserError, match=line), run_dir.open_run(tmp_path, config()) as run:
         run.step = 7
         raise error
