@@ -100,11 +100,11 @@ class Attention(nn.Module):
     because the position is traced and cannot raise an error.
 
     Attributes:
-      heads: H, the number of heads of the queries.
+      heads: H, the number of query heads.
       features: k, the number of output features. Defaults to n.
       head_features: d, the number of features per head. Defaults to k / H.
-      kv_heads: number of heads of the keys and values, each shared by H / kv_heads consecutive
-        query heads (grouped-query attention, Ainslie et al., 2023). Defaults to H.
+      kv_heads: number of key and value heads, each shared by H / kv_heads consecutive query heads
+        (grouped-query attention, Ainslie et al., 2023). Defaults to H.
       causal: whether a query only sees its own and earlier positions.
       positions: 'none', 'rotary' or 'relative'.
       window: a query only sees positions closer than this, including its own. None means no limit.

@@ -1,7 +1,7 @@
 """Convolutions with a softmax kernel, or with a different kernel per position or example.
 
-Shapes: x [..., T, C] has T positions with C channels. H is the number of heads, K the width of a
-kernel, and m the width of the context z. Images are x [B, height, width, C].
+Shapes: x [..., T, C] has T positions with C channels. H is the number of heads, K is the width of a
+kernel, and m is the width of the context z. Images are x [B, height, width, C].
 """
 
 import functools
@@ -24,7 +24,7 @@ from mi.motifs.gating import expand_mask
 class LightweightConvolution(nn.Module):
     """A depthwise convolution with a softmax kernel that is shared by the channels of a head.
 
-        y_tc = Σ_j softmax(W_h)_j x_{t+j−l, c},   h the head of channel c,  W [H, K]
+        y_tc = Σ_j softmax(W_h)_j x_{t+j−l, c},   h = head of channel c,  W [H, K]
 
     l is K − 1 for a causal kernel and ⌊K/2⌋ for a centered kernel. As in the authors' code, x is
     zero beyond its ends, so part of the kernel's mass is lost near an end. The affine maps and the

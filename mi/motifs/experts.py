@@ -1,8 +1,7 @@
 """Mixtures of experts, in which a context weighs or selects maps of the input.
 
-Shapes: input x [..., n], context z [..., m], output y [..., k]. E is the number of experts, N the
-number of tokens (the product of all leading axes), S the number of experts per token, and h the
-hidden width of an expert.
+Shapes: input x [..., n], context z [..., m], output y [..., k]. There are E experts, N tokens (the
+product of all leading axes), S experts per token, and h hidden units per expert.
 """
 
 import functools
@@ -189,7 +188,7 @@ def assign_blocks(choices: Array, experts: int, capacity: int | None) -> tuple[A
     """Assign tokens to B blocks of R rows, with one expert per block.
 
     Args:
-      choices: [N, S], the experts of each token, all different. E stands for no expert.
+      choices: [N, S], the distinct experts of each token, or E for no expert.
       experts: E, the number of experts.
       capacity: maximum number of tokens per expert, or None. If None, R is ⌈N · S / E⌉, and B is
         the largest number of blocks that any assignment needs, which is less than 2 E. Otherwise,
