@@ -98,7 +98,8 @@ def get(
 
     Raises:
       ValueError: if the name or a size is unknown. The message suggests the nearest known one.
-      ArgumentError: if an option is not a field of the module, or has another type than the field.
+      ArgumentError: if an option is not a field of the module, or has a different type than the
+        field.
     """
     if fusion_name not in FUSIONS:
         raise ValueError(f'unknown fusion {fusion_name!r}; {suggest(fusion_name, FUSIONS)}')

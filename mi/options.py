@@ -53,7 +53,7 @@ def check_options(
       defaults: the defaults of all known options, by name.
 
     Raises:
-      ArgumentError: if an option is unknown or has another type than its default.
+      ArgumentError: if an option is unknown or has a different type than its default.
     """
     for option, setting in options.items():
         if option not in defaults:

@@ -43,7 +43,7 @@ def check_fusion(
     Args:
       constructor: constructor of the module, called with `features` and, by keyword, `dtype`.
       is_one_hot: whether z is one-hot, as for the names in `mi.fusion.ONE_HOT`.
-      uses_context: whether y depends on z; False for a baseline without context.
+      uses_context: whether y depends on z, which is False for a baseline without context.
 
     Raises:
       AssertionError: if a check fails. The message has the expected and the actual result.

@@ -42,8 +42,8 @@ class HyperLSTM(nn.Module):
 
     Attributes:
       features, dtype, param_dtype: as in `LSTM`.
-      hyper_features: G, the features of the small LSTM. The paper uses 128 on the characters of
-        Penn Treebank, and 256 on enwik8.
+      hyper_features: G, the number of features in the small LSTM. The paper uses 128 on Penn
+        Treebank characters, and 256 on enwik8.
       embedding: E, the size of each z. The paper uses 4 on Penn Treebank, and 64 on enwik8.
       layer_norm: whether to normalize i, f, o, j and the c inside tanh(c) over their features in
         both LSTMs, each with a gain and a shift. The shift of the forget gates then starts at 1

@@ -16,7 +16,7 @@ class Scope(NamedTuple):
     Attributes:
       path: the names of the enclosing modules.
       times: number of times that it runs, or None if it depends on a while loop.
-      frame: the source line of the enclosing call, for equations without a line of their own.
+      frame: the source line of the enclosing call, for equations that have no line.
       is_recording: whether products are recorded.
       num_devices: number of devices of a shard_map that execute it.
     """
