@@ -91,8 +91,10 @@ def expand_rank(array: Array, ndim: int) -> Array:
 
 def add_bias(y: Array, b: Array) -> Array:
     """Return y + b for y [..., *shape] and b [*shape]."""
-    leading = y.shape[: y.ndim - b.ndim]
-    rows = y.reshape(math.prod(leading), *y.shape[len(leading) :])
+    num_leading = y.ndim - b.ndim
+    if y.shape[num_leading:] != b.shape:  # y broadcasts
+        return y + expand_rank(b, y.ndim)
+    rows = y.reshape(math.prod(y.shape[:num_leading]), *b.shape)
     return _add_to_rows(rows, b).reshape(y.shape)
 
 
