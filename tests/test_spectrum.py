@@ -188,7 +188,7 @@ def test_tensors_from_variables_are_those_of_as_mi(form):
         (lambda: compare_contexts(normal(M, N, K), [0], normal(2, 2)), r'V \(2, 2\): expected'),
         (lambda: cluster_contexts(np.ones((1, 1))), 'at least two contexts'),
         (lambda: compute_tensors({'params': {'kernel': normal(2, 2)}}), 'Try mi.as_mi'),
-        (lambda: compute_tensors({'params': {'form': {'W': 1}}}), 'variables of a form'),
+        (lambda: compute_tensors({'params': {'form': {'W': 1}}}), 'a module from mi.layers'),
     ],
 )
 def test_what_cannot_be_analyzed_is_refused(call, message):
