@@ -108,8 +108,8 @@ def _describe_idle_seeds(config: ml_collections.ConfigDict, devices: Devices) ->
 def check_member(member: Member, devices: Devices) -> bool:
     """Print the output of `mi.estimate` for a member and return whether it fits on its devices.
 
-    Without a topology, the same number of CPU devices is used instead. The share of the FLOPs and
-    the bytes sent are the same, but it is not checked whether the member fits.
+    Without a topology, the estimate is for the same number of CPU devices. It shows each device's
+    share of the FLOPs and the bytes that it sends, but does not check the memory.
 
     Raises:
       UserError: if the number of devices is unknown.

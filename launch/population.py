@@ -247,8 +247,8 @@ class Population:
                 if not checkpoint.find_damage(checkpoint_dir):
                     return checkpoint_dir
         raise UserError(
-            f'{parent}: found no intact checkpoint to copy. Remove the last line of {self._file} '
-            f'to redo this decision'
+            f'{parent}: found no intact checkpoint to copy. Remove the last line of {self._file}, '
+            f'which records the decision to copy it, and run the command again'
         )
 
 

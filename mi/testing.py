@@ -46,7 +46,7 @@ def check_fusion(
       uses_context: whether y depends on z, which is False for a baseline without context.
 
     Raises:
-      AssertionError: if a check fails. The message has the expected and the actual result.
+      AssertionError: if a check fails. The message shows the expected and the actual result.
     """
     module: Any = constructor(OUTPUTS)
     variables = randomize(module, jnp.zeros((1, FEATURES)), _draw_context(1, is_one_hot))
@@ -106,7 +106,7 @@ def check_cell(constructor: Callable[..., nn.Module], features: int = 8) -> None
       features: H, the number of state features.
 
     Raises:
-      AssertionError: if a check fails. The message has the expected and the actual result.
+      AssertionError: if a check fails. The message shows the expected and the actual result.
     """
     cell: Any = constructor(features)
     x, carry = _normal(0, STEPS, ROWS, FEATURES), cell.initial(ROWS)
@@ -178,8 +178,8 @@ def check_environment(environment: Any, num_rows: int = 8, seed: int = 0) -> Non
       seed: seed of the actions and the episodes.
 
     Raises:
-      UserError: if a type contradicts the spec.
-      AssertionError: if a check fails. The message has the expected and the actual result.
+      UserError: if the spec is invalid, or a method is missing or contradicts it.
+      AssertionError: if another check fails. The message shows the expected and the actual result.
     """
     from mi.rl.envs import check
 
@@ -226,9 +226,9 @@ def check_host_environment(
     """Check a `mi.rl.envs.spec.HostEnvironment` with a random policy.
 
     - The spec and the first step are valid (`mi.rl.envs.check`).
-    - Every step has the shapes and dtypes of the first, finite rewards, and observations within the
-      spec's categories, vocabulary and tasks.
-    - Each row keeps its task, and a step with `is_first` and reward 0 follows `is_last`.
+    - Every step has finite rewards, and the same shapes and dtypes as the first step.
+    - Observations are within the spec's categories, vocabulary and tasks.
+    - Each row keeps its task. The step after `is_last` has `is_first` and reward 0.
     - Equal seeds and actions give equal steps.
     - `recv` does not overwrite the previous step.
 
@@ -239,8 +239,8 @@ def check_host_environment(
       num_steps: number of steps of the random policy.
 
     Raises:
-      UserError: if a type contradicts the spec.
-      AssertionError: if a check fails. The message has the expected and the actual result.
+      UserError: if the spec is invalid, or a shape or dtype differs from it.
+      AssertionError: if another check fails. The message shows the expected and the actual result.
     """
     from mi.rl.envs import check
 

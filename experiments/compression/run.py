@@ -135,7 +135,10 @@ def read_values(run_path: pathlib.Path, metric: tuple[str, str], is_last: bool) 
     steps = [record['step'] for record in records]
     if not steps or (not is_last and min(steps) != 0):
         suffix = '' if is_last else ' at step 0'
-        raise UserError(f'{run_path}: expected an evaluation{suffix}, but found none')
+        raise UserError(
+            f'{run_path}/metrics.jsonl: expected an evaluation of the split {split!r}{suffix}, but '
+            f'found none. Try another directory for --out'
+        )
     step = max(steps) if is_last else 0
     return {record['seed']: float(record[name]) for record in records if record['step'] == step}
 

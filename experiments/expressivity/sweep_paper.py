@@ -95,7 +95,7 @@ class Laws(NamedTuple):
 
 
 def fit_laws(curve: Curve) -> Laws | None:
-    """Fit a power of d and an exponential of d, or return None for fewer than three dimensions."""
+    """Fit a power law and an exponential law, or return None if there are fewer than 3 points."""
     if len(curve) < 3:
         return None
     dimensions, log_params = np.array(list(curve), float), np.log(list(curve.values()))

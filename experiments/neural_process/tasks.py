@@ -74,7 +74,14 @@ class Distribution(NamedTuple):
 
 
 class Kernel(NamedTuple):
-    """The kernel of a function: family, as an index in FAMILIES, s, ℓ and p."""
+    """Parameters of the kernel of a function.
+
+    Attributes:
+      family: index of the family in FAMILIES.
+      scale: s.
+      length: ℓ.
+      period: p.
+    """
 
     family: Array
     scale: Array

@@ -59,7 +59,10 @@ class Instruction(NamedTuple):
 
     @property
     def shapes(self) -> tuple[Shape, ...]:
-        """Return the arrays of the result, which for an asynchronous start is the final result."""
+        """Return the arrays of the result.
+
+        The result of an asynchronous start may also hold its operands, which are omitted.
+        """
         result = self.result
         if self.opcode == 'copy-start':
             result = split_tuple(result)[0]

@@ -136,16 +136,16 @@ class Trainer:
     def compute_gradient(
         self, params: Params, carry: Carry, batch: Batch, partition: ArrayTree | None = None
     ) -> Gradient:
-        """Compute the gradient of one seed, as a pure function.
+        """Compute the gradient for one seed. This function is pure.
 
-        Under `jax.shard_map`, the batch has the rows of this device, and the gradient is averaged
+        Under `jax.shard_map`, the batch holds the rows of this device, and the gradient is averaged
         over all devices that share the batch.
 
         Args:
           params: shard of the parameters on this device.
           carry: state of the model before the first token.
           batch: inputs and targets.
-          partition: partition of the parameters, see `mi.training.sharding.gather_params`.
+          partition: partition of the parameters, as in `mi.training.sharding.gather_params`.
         """
         # Random keys depend on the seed and the step alone, so that a resumed run draws the same.
         _, dropout_key = jax.random.split(jax.random.key(batch.seed))
@@ -189,7 +189,7 @@ class Trainer:
         return TrainState(params, opt_state, gradient.carry), metrics
 
     def step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        """Update one seed on one device, as a pure function."""
+        """Update one seed on one device. This function is pure."""
         return self.apply_gradient(state, self.compute_gradient(state.params, state.carry, batch))
 
     def compile(

@@ -57,7 +57,7 @@ class Outputs(NamedTuple):
 
     Attributes:
       logits: logits of the policy, f32 [T, B, A].
-      value: value in the units of the task's PopArt statistics, f32 [T, B].
+      value: value, normalized by the PopArt statistics of the task, f32 [T, B].
     """
 
     logits: Array

@@ -85,7 +85,7 @@ def update(
     state: LearnerState,
     trajectory: Trajectory,
 ) -> tuple[LearnerState, dict[str, Array]]:
-    """Update the learner once on trajectories [T, B], as a pure function.
+    """Update the learner once on trajectories [T, B]. This function is pure.
 
     Under `jax.shard_map`, `trajectory` has this device's rows of the batch, and all other arguments
     are replicated. The gradient and the sums for PopArt are reduced over all devices. The metrics

@@ -319,7 +319,12 @@ def gather_params(params: Tree, partition: Specs) -> Tree:
 
 
 def mean_gradients(gradients: Tree, partition: Specs) -> Tree:
-    """Average gradients through `gather_params` over the devices that share a batch."""
+    """Average gradients over the devices that share a batch.
+
+    Args:
+      gradients: gradients with respect to the `params` of `gather_params`.
+      partition: the partition passed to `gather_params`.
+    """
     if partition is None:
         return mean_over_rows(gradients)
 

@@ -44,7 +44,7 @@ def test_the_values_are_those_of_the_first_and_the_last_evaluation(tmp_path):
     assert compression.read_values(tmp_path / 'run', metric, is_last=False) == {0: 3.0, 1: 4.0}
     assert compression.read_values(tmp_path / 'run', metric, is_last=True) == {0: 2.0, 1: 1.0}
     write_run(tmp_path / 'later', records[3:])
-    with pytest.raises(compression.UserError, match='expected an evaluation at step 0'):
+    with pytest.raises(compression.UserError, match="an evaluation of the split 'valid' at step 0"):
         compression.read_values(tmp_path / 'later', metric, is_last=False)
 
 

@@ -90,7 +90,7 @@ def update(
     length: int,
     state: TrainState,
 ) -> tuple[TrainState, UpdateMetrics]:
-    """Unroll the environments of one seed and update its learner once, as a pure function."""
+    """Unroll the environments of one seed and update its learner once. This function is pure."""
     actor, trajectory, episodes, counts = rollout.unroll(
         environment, agent, length, state.learner.params, state.actor
     )
