@@ -19,7 +19,7 @@ class _Residuals(NamedTuple):
     """The arrays that the backward pass reads.
 
     Attributes:
-      call: residuals of `rnn.lstm_fwd`, the first of which is x [B, T, n].
+      call: residuals of `rnn.lstm_fwd`, starting with x [B, T, n].
       unpack_weights: the transpose of `pack_weights`, which maps its cotangent to the cotangents of
         W, U and b.
     """

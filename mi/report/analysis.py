@@ -101,7 +101,7 @@ def compute_results(sweep: Sweep) -> list[ArmResult]:
 def find_equal_time(sweep: Sweep) -> float | None:
     """Return the training seconds of the fastest arm, at which all arms are compared.
 
-    The result is None unless there are several comparable arms, all of which are done and timed.
+    The result is None unless there are several comparable arms and all are done and timed.
     """
     arms = [arm for arm in sweep.arms if sweep.is_comparable(arm)]
     arm_seconds = [arm.training_seconds()[1] for arm in arms]
