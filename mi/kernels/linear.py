@@ -13,6 +13,8 @@ from jax.typing import ArrayLike, DTypeLike
 Platform = Literal['cpu', 'gpu', 'tpu']
 Precision = jax.lax.PrecisionLike
 
+MAX_TRANSPOSED = 2**19  # entries of a gradient of V that may be transposed on CPU
+
 
 def target_platform() -> Platform:
     """Return the platform that the current function is traced for.
@@ -61,17 +63,20 @@ def _matmul_jvp(
 ) -> tuple[Array, Array]:
     """Write x dV so that its transpose, the gradient of V, is a product with a wide output.
 
-    XLA on CPU computes dyᵀx [k, n] up to 1.5 times as fast as xᵀdy [n, k] if n > k, and the
-    transpose of the result costs less than that. The barrier keeps XLA from transposing the product
-    back.
+    XLA on CPU computes dyᵀx [k, n] up to 1.5 times as fast as xᵀdy [n, k] if n > k, and xᵀdy faster
+    otherwise. A transpose of the result costs less than that if it fits into the cache. The
+    barriers keep XLA from transposing the product instead, which it would also do if V itself is a
+    transpose, such as that of an output embedding.
     """
     (x, V), (x_tangent, V_tangent) = primals, tangents
     multiply = functools.partial(accumulate, out_dtype=out_dtype, precision=precision)
-    if target_platform() == 'cpu' and V.shape[0] > V.shape[1]:
+    if target_platform() != 'cpu' or V.size > MAX_TRANSPOSED:
+        V_term = multiply(jnp.matmul, x, V_tangent)
+    elif V.shape[0] > V.shape[1]:
         V_transposed = jax.lax.optimization_barrier(V_tangent.T)
         V_term = multiply(functools.partial(jnp.einsum, 'rn,kn->rk'), x, V_transposed)
     else:
-        V_term = multiply(jnp.matmul, x, V_tangent)
+        V_term = multiply(jnp.matmul, x, jax.lax.optimization_barrier(V_tangent))
     return _matmul(x, V, out_dtype, precision), multiply(jnp.matmul, x_tangent, V) + V_term
 
 
