@@ -13,7 +13,9 @@ from jax.typing import ArrayLike, DTypeLike
 Platform = Literal['cpu', 'gpu', 'tpu']
 Precision = jax.lax.PrecisionLike
 
-MAX_TRANSPOSED = 2**19  # entries of a gradient of V that may be transposed on CPU
+# On CPU, the gradient of V is transposed for products of this many rows, up to this many entries.
+MIN_ROWS = 512
+MAX_TRANSPOSED = 2**19
 
 
 def target_platform() -> Platform:
@@ -64,13 +66,14 @@ def _matmul_jvp(
     """Write x dV so that its transpose, the gradient of V, is a product with a wide output.
 
     XLA on CPU computes dyᵀx [k, n] up to 1.5 times as fast as xᵀdy [n, k] if n > k, and xᵀdy faster
-    otherwise. A transpose of the result costs less than that if it fits into the cache. The
-    barriers keep XLA from transposing the product instead, which it would also do if V itself is a
+    otherwise. A transpose of the result costs less than that if there are many rows, and if it fits
+    into the cache. The barriers keep XLA from transposing the product instead, which it would also do if V itself is a
     transpose, such as that of an output embedding.
     """
     (x, V), (x_tangent, V_tangent) = primals, tangents
     multiply = functools.partial(accumulate, out_dtype=out_dtype, precision=precision)
-    if target_platform() != 'cpu' or V.size > MAX_TRANSPOSED:
+    is_worth_it = x.shape[0] >= MIN_ROWS and V.size <= MAX_TRANSPOSED
+    if target_platform() != 'cpu' or not is_worth_it:
         V_term = multiply(jnp.matmul, x, V_tangent)
     elif V.shape[0] > V.shape[1]:
         V_transposed = jax.lax.optimization_barrier(V_tangent.T)
