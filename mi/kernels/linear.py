@@ -67,8 +67,8 @@ def _matmul_jvp(
 
     XLA on CPU computes dyᵀx [k, n] up to 1.5 times as fast as xᵀdy [n, k] if n > k, and xᵀdy faster
     otherwise. A transpose of the result costs less than that if there are many rows, and if it fits
-    into the cache. The barriers keep XLA from transposing the product instead, which it would also do if V itself is a
-    transpose, such as that of an output embedding.
+    into the cache. The barriers keep XLA from transposing the product instead, which it would also
+    do if V itself is a transpose, such as that of an output embedding.
     """
     (x, V), (x_tangent, V_tangent) = primals, tangents
     multiply = functools.partial(accumulate, out_dtype=out_dtype, precision=precision)
