@@ -44,9 +44,9 @@ def _make_variables(directory: pathlib.Path) -> dict[str, str]:
     """Return the environment variables that make JAX use a cache."""
     # Most programs of a small member compile in less than JAX's minimum of one second.
     min_seconds = os.environ.get('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
-    # On Intel, jaxlib 0.10 logs an error of 4 kB for each program that it loads: a preference of
-    # its compiler, prefer-no-gather, is no feature of a processor. 3 logs fatal errors only; the
-    # others reach Python as exceptions.
+    # On Intel, jaxlib 0.10 logs 4 kB of errors for each program that it loads, because it takes
+    # prefer-no-gather, a preference of its compiler, for a processor feature. Level 3 logs only
+    # fatal errors. Other errors reach Python as exceptions.
     log_level = os.environ.get('TF_CPP_MIN_LOG_LEVEL', '1')
     if log_level == '1':  # which `import jax` sets where the user does not
         log_level = '3'
