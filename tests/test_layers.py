@@ -10,6 +10,7 @@ import pytest
 from jax.test_util import check_grads
 
 import mi
+from mi.kernels.linear import linear
 from mi.layers import Affine
 from tests import prng
 from tests.motifs.checks import drawn, random
@@ -286,3 +287,13 @@ def test_the_gradient_of_an_affine_map_is_in_operations_that_are_fast_on_cpu():
     assert re.search(r'f32\[(48,96\]\{1,0\}|96,48\]\{0,1\}) dot\(', program)
     assert not re.search(r'window=\{size=\d+x(?!1 )\d+', program)  # 32x32x1 over two axes
     assert not re.search(r' reduce\(.*dimensions=\{0,1\}', program)
+
+
+@pytest.mark.parametrize('rows, is_wide', [(2048, True), (64, False)])
+def test_the_gradient_of_an_output_embedding_is_a_wide_product_if_it_has_many_rows(rows, is_wide):
+    """xᵀdy, transposed afterwards, and not dyᵀx, into which XLA turns it by itself."""
+    x, table = jnp.ones((rows, 32)), jnp.ones((96, 32))
+    gradient = jax.grad(lambda table: (linear(x, table.T) ** 2).sum())
+    program = jax.jit(gradient).lower(table).compile().as_text()
+    wide = re.search(r'f32\[(32,96\]\{1,0\}|96,32\]\{0,1\})[^\n]*(dot|fusion)\(', program)
+    assert bool(wide) == is_wide

@@ -65,7 +65,8 @@ def _matmul_jvp(
 ) -> tuple[Array, Array]:
     """Write x dV so that its transpose, the gradient of V, is a product with a wide output.
 
-    XLA on CPU computes dyᵀx [k, n] faster than xᵀdy [n, k] if n > k, and slower otherwise. A transpose of the result costs less than that if there are many rows, and if it fits
+    XLA on CPU computes dyᵀx [k, n] faster than xᵀdy [n, k] if n > k, and slower otherwise. A
+    transpose of the result costs less than that difference if there are many rows, and if it fits
     into the cache. The barriers keep XLA from transposing the product instead, which it would also
     do if V itself is a transpose, such as that of an output embedding.
     """
