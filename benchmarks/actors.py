@@ -31,6 +31,7 @@ from absl import app, flags
 from chex import Array
 
 from benchmarks import pipeline
+from benchmarks.options import JSON, ONLY
 from configs import rl as configs
 from mi.rl import envs, factory
 from mi.rl.actors import loop as actors_loop
@@ -42,10 +43,9 @@ from mi.rl.trajectory import Episodes, Trajectory
 from mi.training import host, optim, sharding
 
 UPDATES = flags.DEFINE_integer('updates', 60, 'Updates per run after the warm-up.', lower_bound=10)
-ONLY = flags.DEFINE_list('only', ['catch', 'babyai'], 'Sets: catch, babyai.')
 NUMBERS = flags.DEFINE_list('actors', ['1', '2'], 'Numbers of actor threads.')
-JSON = flags.DEFINE_string('json', None, 'JSON file to write the figures to.')
 
+SETS = ('catch', 'babyai')
 WARMUP = 10  # updates in which programs are compiled and the queue fills
 LEVELS = 'babyai/GoToRedBallGrey,GoToLocal,PickupLoc,PutNextLocal'
 
@@ -395,7 +395,7 @@ def main(argv: Sequence[str]) -> None:
     print(f'{host.describe_machine()}, jax {jax.__version__}; seconds in ms, rates in steps/s')
     figures = [
         compare(set_name, num_actors)
-        for set_name in ONLY.value
+        for set_name in ONLY.value or SETS
         for num_actors in map(int, NUMBERS.value)
     ]
     if JSON.value:

@@ -36,23 +36,20 @@ from flax import linen as nn
 from jax import Array
 
 from benchmarks import plain_rl, rounds
+from benchmarks.options import JSON, ONLY, ROUNDS, SIDE
 from configs import lm as lm_configs
 from configs import rl as rl_configs
 from mi.estimate import memory, program, topologies
 from mi.training import host
 
-# Names that no other benchmark and no launcher defines.
+# A name that no launcher defines.
 TOPOLOGY = flags.DEFINE_string(
     'gpu_topology',
     None,
     'GPU in mi.estimate.topologies to compile for, such as h100:1; None to run here.',
 )
-SETS = flags.DEFINE_list('sets', None, 'Sets: lstm, transformer, rl; all by default.')
 WHERE = flags.DEFINE_string('where', None, 'SET/SIDE whose launches are listed by their source.')
-WORKER = flags.DEFINE_string('worker', None, 'For the workers: set/side.')
-OUTPUT = flags.DEFINE_string('output', None, 'JSON file to write the figures to.')
 
-ROUNDS = 7
 SIDES: dict[str, tuple[str, ...]] = {
     'lstm': ('plain', 'none', 'mi'),
     'transformer': ('plain', 'none', 'mi'),
@@ -290,8 +287,8 @@ def main(argv: Sequence[str]) -> None:
     """
     del argv
     host.set_xla_flags()
-    if WORKER.value:
-        rounds.serve(make_step(*WORKER.value.split('/')))
+    if SIDE.value:
+        rounds.serve(make_step(*SIDE.value.split('/')))
         return
     if TOPOLOGY.value:
         topologies.prepare_process()
@@ -305,22 +302,22 @@ def main(argv: Sequence[str]) -> None:
     # Compile, and race what can run.
     print(f'{device.device_kind}, jax {jax.__version__}')
     figures: list[dict[str, Any]] = []
-    for set_name in SETS.value or SIDES:
+    for set_name in ONLY.value or SIDES:
         sides = SIDES[set_name]
         rows = [measure_side(set_name, side, device) for side in sides]
         seconds: dict[str, list[float]] = {}
         if not TOPOLOGY.value:
             commands = {
-                side: ['-m', 'benchmarks.kernels', f'--worker={set_name}/{side}'] for side in sides
+                side: ['-m', 'benchmarks.kernels', f'--side={set_name}/{side}'] for side in sides
             }
-            seconds = rounds.race(commands, ROUNDS)
+            seconds = rounds.race(commands, ROUNDS.value)
         for row in rows:
             times = seconds.get(row['side'])
             row['seconds'] = None if times is None else statistics.median(times)
         print_table(set_name, rows)
         figures += rows
-    if OUTPUT.value:
-        with open(OUTPUT.value, 'w') as json_file:
+    if JSON.value:
+        with open(JSON.value, 'w') as json_file:
             json.dump({'device': device.device_kind, 'figures': figures}, json_file, indent=2)
 
 

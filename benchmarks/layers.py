@@ -32,16 +32,13 @@ import numpy as np
 from absl import app, flags
 
 from benchmarks.layer_sides import Arrays, Side, Tensor, jax_sides, torch_sides
+from benchmarks.options import JSON, ONLY, ROUNDS, SIDE
 from benchmarks.regimes import REGIMES, Regime, random_regimes, relative_error
 from mi.kernels import bilinear as kernels
 from mi.training import host
 
-ROUNDS = flags.DEFINE_integer('rounds', 7, 'Interleaved rounds.', lower_bound=1)
 ORDERS = flags.DEFINE_bool('orders', False, 'Compare the plan with every order on random shapes.')
-ONLY = flags.DEFINE_list('only', [], 'Names of regimes; all by default.')
-WORKER = flags.DEFINE_enum('worker', None, ['jax', 'torch'], 'For the workers.')
 MEMORY = flags.DEFINE_bool('measure_memory', False, 'For the workers: measure memory, not time.')
-JSON = flags.DEFINE_string('json', None, 'JSON file to write the figures to.')
 
 PEAK_SIZE = 2048
 SLOW = 5.0  # seconds: one round is enough for a side that takes longer
@@ -200,7 +197,7 @@ class Worker:
 
     def __init__(self, library: str, has_memory: bool = False):
         self._process = subprocess.Popen(
-            [sys.executable, '-m', 'benchmarks.layers', f'--worker={library}']
+            [sys.executable, '-m', 'benchmarks.layers', f'--side={library}']
             + (['--measure_memory'] if has_memory else []),
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
         )  # fmt: skip
@@ -409,8 +406,8 @@ def race_orders() -> list[Figure]:
 def main(argv: Sequence[str]) -> None:
     """Run the comparison, or serve as one of its workers."""
     del argv
-    if WORKER.value:
-        serve(WORKER.value, MEMORY.value)
+    if SIDE.value:
+        serve(SIDE.value, MEMORY.value)
         return
     print(f'{host.describe_machine()}, jax {jax.__version__}, f32')
     if ORDERS.value:

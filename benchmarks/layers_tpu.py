@@ -27,12 +27,12 @@ from absl import app, flags
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from benchmarks.layer_sides import Tensor, jax_sides
-from benchmarks.layers import ONLY
+from benchmarks.options import ONLY
 from benchmarks.regimes import REGIMES, Regime
 from mi.estimate import program, topologies
 from mi.kernels.bilinear import DENSE_ORDERS, ID_ORDERS, bilinear, choose_order
 
-CHIPS = flags.DEFINE_list('chips', ['v5e', 'v6e'], 'Kinds of TPU in mi.estimate.topologies.')
+CHIPS = flags.DEFINE_list('tpus', ['v5e', 'v6e'], 'Kinds of TPU in mi.estimate.topologies.')
 DTYPES = flags.DEFINE_list('dtypes', ['bfloat16', 'float32'], 'Types of the arrays.')
 ORDERS = flags.DEFINE_list('tpu_orders', [], 'Orders of zᵀWx; all by default.')
 

@@ -40,6 +40,7 @@ from absl import app, flags
 from jax import Array
 
 from benchmarks import rounds
+from benchmarks.options import JSON, ONLY, ROUNDS, SIDE
 from configs import lm as configs
 from mi import cells
 from mi.cells import Carry
@@ -51,11 +52,7 @@ from mi.lm import factory, train
 from mi.lm.data.batches import Batch
 from mi.training import host, sharding
 
-ROUNDS = flags.DEFINE_integer('rounds', 7, 'Interleaved rounds.', lower_bound=1)
-ONLY = flags.DEFINE_list('only', None, 'Sets: lstm, transformer, cells, fusions, loop.')
-SIDE = flags.DEFINE_string('side', None, 'For the workers: set/size/side.')
 CPU_TIME = flags.DEFINE_bool('cpu_time', False, 'Measure the CPU time of one thread.')
-JSON = flags.DEFINE_string('json', None, 'JSON file to write the figures to.')
 
 DENSE_FUSIONS = [name for name in FUSIONS if name not in ONE_HOT]
 # As in mi.main; must precede default_backend, which starts JAX's threads.
@@ -385,7 +382,8 @@ def main(argv: Sequence[str]) -> None:
         return
     if CPU_TIME.value:  # for the workers
         os.environ['OMP_NUM_THREADS'] = '1'
-        os.environ['XLA_FLAGS'] += ' --xla_cpu_multi_thread_eigen=false'
+        flags_of_user = os.environ.get('XLA_FLAGS', '')
+        os.environ['XLA_FLAGS'] = f'{flags_of_user} --xla_cpu_multi_thread_eigen=false'
     print(f'{host.describe_machine()}, jax {jax.__version__}')
     figures: list[dict[str, Any]] = []
     for set_name in ONLY.value or SIZES:

@@ -29,9 +29,10 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-from absl import app, flags
+from absl import app
 
 from benchmarks import rounds
+from benchmarks.options import JSON, ONLY, ROUNDS, SIDE
 from configs import rl as configs
 from mi.rl import envs, factory, learner
 from mi.rl.actors import loop as actors_loop
@@ -42,11 +43,6 @@ from mi.rl.fused import loop as fused
 from mi.rl.fused import rollout
 from mi.rl.trajectory import Trajectory
 from mi.training import host, optim, run_mesh, sharding
-
-ROUNDS = flags.DEFINE_integer('rounds', 5, 'Interleaved rounds.', lower_bound=1)
-ONLY = flags.DEFINE_list('only', None, 'Sets; by default all for this device.')
-SIDE = flags.DEFINE_string('side', None, 'For the workers: set/side.')
-JSON = flags.DEFINE_string('json', None, 'JSON file to write the figures to.')
 
 LEVELS = 'babyai/GoToRedBallGrey,GoToLocal,PickupLoc,PutNextLocal'
 FUSIONS = ('none', 'concat', 'multi_head', 'film', 'mi_low_rank', 'mi')
