@@ -161,34 +161,48 @@ def _get_subtree(params: Mapping[str, Any], module_name: str) -> Mapping[str, An
     return subtree
 
 
-def nearest_size(cost: Callable[[int], int], target: int, smallest: int = 1) -> int:
+def nearest_size(
+    cost: Callable[[int], int], target: int, smallest: int = 1, guess: int | None = None
+) -> int:
     """Return the size whose cost is nearest to the target.
 
     Args:
       cost: function from a size to its cost, which must not decrease with the size.
       target: the desired cost.
       smallest: the smallest size to consider.
+      guess: the size to start from, which saves calls of `cost` if it is near the result.
 
     Raises:
       ValueError: if the smallest size costs over 10 % more than the target, or no size reaches it.
     """
-    smallest_cost = cost(smallest)
-    if smallest_cost > 1.1 * target:
+    cost = functools.cache(cost)
+
+    # Find two sizes with the target between them.
+    lower_bound = upper_bound = max(smallest, guess or smallest)
+    while lower_bound > smallest and cost(lower_bound) >= target:
+        lower_bound, upper_bound = max(smallest, lower_bound // 2), lower_bound
+    if cost(lower_bound) > 1.1 * target:
         raise ValueError(
-            f'the smallest size, {smallest}, costs {smallest_cost:,}, more than the target '
+            f'the smallest size, {smallest}, costs {cost(smallest):,}, more than the target '
             f'of {target:,}'
         )
-
-    # Double the size until it reaches the target, then bisect.
-    lower_bound, upper_bound = smallest, smallest + 1
+    if cost(lower_bound) >= target:
+        return lower_bound
     while cost(upper_bound) < target:
         lower_bound, upper_bound = upper_bound, 2 * upper_bound
         if upper_bound > 2**24:
             raise ValueError(f'no size up to {lower_bound:,} reaches the target of {target:,}')
+
+    # Move the two together by the Illinois method. It interpolates linearly, and halves the weight
+    # of a bound that stays where it is, so that both bounds move.
+    lower_miss, upper_miss = target - cost(lower_bound), cost(upper_bound) - target
     while upper_bound - lower_bound > 1:
-        middle = (lower_bound + upper_bound) // 2
-        if cost(middle) < target:
-            lower_bound = middle
+        share = lower_miss / (lower_miss + upper_miss)
+        size = lower_bound + round(share * (upper_bound - lower_bound))
+        size = min(max(size, lower_bound + 1), upper_bound - 1)
+        miss = cost(size) - target
+        if miss < 0:
+            lower_bound, lower_miss, upper_miss = size, -miss, upper_miss / 2
         else:
-            upper_bound = middle
+            upper_bound, upper_miss, lower_miss = size, miss, lower_miss / 2
     return min((lower_bound, upper_bound), key=lambda size: abs(cost(size) - target))

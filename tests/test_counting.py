@@ -55,15 +55,20 @@ def test_products_have_the_bytes_of_both_factors_and_of_the_result():
     ]
 
 
-@pytest.mark.parametrize('target', [1, 17, 100, 101, 5000, 123_456])
-def test_nearest_size_is_the_nearest(target):
+@pytest.mark.parametrize('guess', [None, 1, 2, 30, 203, 5000])
+@pytest.mark.parametrize('target', [1, 4, 17, 100, 101, 5000, 123_456])
+def test_nearest_size_is_the_nearest(target, guess):
     price = lambda s: 3 * s * s + 2 * s  # noqa: E731
     nearest = min(range(1, 400), key=lambda s: abs(price(s) - target))
     if price(1) > 1.1 * target:
         with pytest.raises(ValueError, match='the smallest size, 1, costs 5'):
-            counting.nearest_size(price, target)
+            counting.nearest_size(price, target, guess=guess)
     else:
-        assert counting.nearest_size(price, target) == nearest
+        sizes = []
+        cost = lambda s: sizes.append(s) or price(s)  # noqa: E731
+        assert counting.nearest_size(cost, target, guess=guess) == nearest
+        assert len(sizes) == len(set(sizes)) <= 15  # each costs a trace of the model
+        assert guess != nearest or len(sizes) <= 4
 
 
 def test_nearest_size_refuses_a_cost_that_does_not_grow():

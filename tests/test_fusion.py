@@ -43,6 +43,13 @@ def make_apply(name, features=K):
     return jax.jit(module.apply), drawn(module, jnp.zeros((1, N)), jnp.zeros((1, M)))
 
 
+@functools.cache
+def make_gradient(name, features=K):
+    """The gradients of Σ y² for the variables, x and z, jitted."""
+    apply, _ = make_apply(name, features)
+    return jax.jit(jax.grad(lambda *arrays: (apply(*arrays) ** 2).sum(), (0, 1, 2)))
+
+
 def contexts(name, *lead):
     """[..., M]: what the word takes."""
     if name in fusion.ONE_HOT:
@@ -78,10 +85,8 @@ def test_jit_vmap_and_eval_shape_agree_with_the_call(name):
 @pytest.mark.parametrize('features', [K, N])
 def test_every_parameter_and_both_streams_get_a_gradient(name, features):
     x, z = random(0, 6, N), contexts(name, 6)
-    apply, variables = make_apply(name, features)
-    loss = jax.jit(jax.grad(lambda p, x, z: (apply(p, x, z) ** 2).sum(), (0, 1, 2)))
-    grads = loss(variables, x, z)
-    *other_grads, z_grad = jax.tree.leaves(grads)
+    _, variables = make_apply(name, features)
+    *other_grads, z_grad = jax.tree.leaves(make_gradient(name, features)(variables, x, z))
     assert all(bool((g != 0).any()) for g in other_grads)
     assert bool((z_grad != 0).any()) == (name != 'none')
 
@@ -179,8 +184,7 @@ def test_the_context_of_zeros_gives_finite_values_and_gradients(name):
     x, z = random(0, 6, N), jnp.zeros((6, M))
     apply, _ = make_apply(name)
     variables = jax.jit(make(name).init)(prng.key(0), x, z)
-    y = apply(variables, x, z)
-    gradients = jax.jit(jax.grad(lambda *a: apply(*a).sum(), (0, 1, 2)))(variables, x, z)
+    y, gradients = apply(variables, x, z), make_gradient(name)(variables, x, z)
     assert all(bool(jnp.isfinite(a).all()) for a in jax.tree.leaves((y, gradients)))
     if name in SHIPPED:
         assert bool((y != 0).any()) == (name not in ZERO_AT_ZERO)

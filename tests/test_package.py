@@ -196,7 +196,7 @@ def find_python(version):
 @pytest.mark.slow
 @pytest.mark.parametrize('version', ['3.11', '3.12', '3.13', '3.14'])
 def test_the_wheel_installs_its_layers_and_with_an_extra_its_trainers(tmp_path, dist, version):
-    """Away from the clone, in an environment of its own."""
+    """Away from the clone, in an environment of its own: the layers by pip, the extra by uv."""
     # Without PYTHONPATH, in which pip would find the package installed, and without flags that
     # another jaxlib does not know.
     alone = {'cwd': tmp_path, 'PYTHONPATH': '', 'XLA_FLAGS': ''}
@@ -204,17 +204,17 @@ def test_the_wheel_installs_its_layers_and_with_an_extra_its_trainers(tmp_path, 
     programs = tmp_path / 'env/bin'
     (wheel,) = dist.glob('*.whl')
     lock = ['-c', ROOT / 'requirements/lock.txt']
-    done = run(programs / 'python', '-m', 'pip', 'install', '--quiet', wheel, *lock, **alone)
+    python = programs / 'python'
+    done = run(python, '-m', 'pip', 'install', '--quiet', wheel, *lock, **alone)
     assert done.returncode == 0, done.stderr
-    layer = run(programs / 'python', '-c', LAYER, *LATE, **alone)
+    layer = run(python, '-c', LAYER, *LATE, **alone)
     assert layer.stdout.strip() == '(2, 4) []', layer.stderr
     refused = run(programs / 'mi-train', **alone)
     assert refused.returncode == 1 and 'is not installed. Try pip install' in refused.stderr
 
     # With the extra, a run of one step, its report, and a sweep that runs nothing.
-    done = run(
-        programs / 'python', '-m', 'pip', 'install', '--quiet', f'{wheel}[sweep]', *lock, **alone
-    )
+    uv = [sys.executable, '-m', 'uv', 'pip', 'install', '--quiet', '--python', python]
+    done = run(*uv, f'{wheel}[sweep]', *lock, **alone)
     assert done.returncode == 0, done.stderr
     config = '--config=experiments/expressivity/config.py:fit'
     short = ['--config.train.steps=2', '--workdir=run']
@@ -225,15 +225,15 @@ def test_the_wheel_installs_its_layers_and_with_an_extra_its_trainers(tmp_path, 
     assert planned.returncode == 0 and 'all of it' in planned.stdout, planned.stderr
     assert run(programs / 'mi-status', '--workdir=run', **alone).returncode == 0
     if version == '3.11':
-        use_the_example(programs, alone)
+        use_the_example(programs, uv, alone)
 
 
-def use_the_example(programs, alone):
+def use_the_example(programs, uv, alone):
     """Install examples/my_fusion beside the wheel; check, sweep and train it from its directory."""
     example = alone['cwd'] / 'example'
     shutil.copytree(ROOT / 'examples/my_fusion', example)
     alone = alone | {'cwd': example}
-    done = run(programs / 'python', '-m', 'pip', 'install', '--quiet', '-e', '.', 'pytest', **alone)
+    done = run(*uv, '-e', '.', 'pytest', **alone)
     assert done.returncode == 0, done.stderr
     checked = run(programs / 'python', '-m', 'pytest', '-q', **alone)
     assert checked.returncode == 0 and '2 passed' in checked.stdout, checked.stdout

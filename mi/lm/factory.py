@@ -172,14 +172,7 @@ def compute_costs(
 
     FLOPs count only matrix products.
     """
-    # The shapes of a call of the model, with XLA's LSTM in place of cuDNN's, whose FLOPs cannot be
-    # counted.
-    model = build_model(_override(config, {'model.impl': 'xla'}), vocabulary, num_domains)
-    num_steps, batch_size = config.train.length, config.train.batch
-    tokens = jax.ShapeDtypeStruct((num_steps, batch_size), jnp.int32)
-    carry = jax.eval_shape(lambda: model.initial_carry(batch_size))
-    inputs = carry, tokens, None, tokens if model.source == 'domain' else None
-    variables: Any = jax.eval_shape(model.init, jax.random.key(0), *inputs)
+    model, variables, inputs = _make_shapes(config, vocabulary, num_domains)
 
     # The fusions alone; one inside a loop over time runs once for each token.
     fusion_params = fusion_flops = 0.0
@@ -197,10 +190,24 @@ def compute_costs(
             'fusion': round(fusion_params),
         },
         'flops_per_token': {
-            'model': round(model_flops / (num_steps * batch_size)),
+            'model': round(model_flops / (config.train.length * config.train.batch)),
             'fusion': round(fusion_flops),
         },
     }
+
+
+def _make_shapes(
+    config: ml_collections.ConfigDict, vocabulary: int, num_domains: int
+) -> tuple[LanguageModel, Any, tuple[Any, ...]]:
+    """Return the model, and the shapes of its variables and of the inputs of a call."""
+    # XLA's LSTM in place of cuDNN's, whose FLOPs cannot be counted.
+    model = build_model(_override(config, {'model.impl': 'xla'}), vocabulary, num_domains)
+    num_steps, batch_size = config.train.length, config.train.batch
+    tokens = jax.ShapeDtypeStruct((num_steps, batch_size), jnp.int32)
+    carry = jax.eval_shape(lambda: model.initial_carry(batch_size))
+    inputs = carry, tokens, None, tokens if model.source == 'domain' else None
+    variables: Any = jax.eval_shape(model.init, jax.random.key(0), *inputs)
+    return model, variables, inputs
 
 
 def match_size(
@@ -223,18 +230,31 @@ def match_size(
             f'config.model.fusion.name = {config.model.fusion.name!r} has none. Try '
             f"config.match.knob = 'hidden'"
         )
-    cost_name = 'parameters' if config.match.by == 'parameters' else 'flops_per_token'
 
     def compute_cost(changes: Mapping[str, object]) -> int:
-        costs = compute_costs(_override(config, changes), vocabulary, num_domains)
-        return costs[cost_name]['model']
+        resized = _override(config, changes)
+        model, variables, inputs = _make_shapes(resized, vocabulary, num_domains)
+        if config.match.by == 'parameters':
+            return counting.parameters(variables)
+        num_tokens = config.train.length * config.train.batch
+        return round(counting.flops(model.apply, variables, *inputs) / num_tokens)
 
     target = config.match.target or compute_cost(BASELINES[config.match.baseline])
     try:
-        matched_size = counting.nearest_size(lambda n: compute_cost(_resize(config, n)), target)
+        matched_size = counting.nearest_size(
+            lambda size: compute_cost(_resize(config, size)), target, guess=_get_size(config)
+        )
     except ValueError as error:
         raise UserError(f'config.match: {error}. Try another config.match.target') from error
     return _override(config, _resize(config, matched_size))
+
+
+def _get_size(config: ml_collections.ConfigDict) -> int:
+    """Return the size that the config has, in the units of `_resize`."""
+    model = config.model
+    if config.match.knob == 'rank':
+        return max(1, model.fusion.rank)
+    return model.hidden // (2 * model.heads) if model.core == 'transformer' else model.hidden
 
 
 def _resize(config: ml_collections.ConfigDict, size: int) -> dict[str, int]:

@@ -114,7 +114,8 @@ def measure(model, params, corpus, reading, num_tokens):
 
 
 @pytest.mark.parametrize(
-    'word, changes', [('core=lstm', {}), ('core=transformer', {'model.memory': 48})]
+    'word, changes',
+    [('core=lstm', {}), ('core=transformer', {'model.memory': 48, 'model.layers': 2})],
 )
 def test_state_is_carried_from_segment_to_segment(word, changes, texts):
     _, model, params = with_params(word, **changes)

@@ -24,7 +24,7 @@ LSTM = [
 ]  # fmt: skip
 TRANSFORMER = [
     '--config=configs/lm.py:core=transformer,tiny', '--config.model.memory=8',
-    '--config.model.dtype=bfloat16', '--config.train.accumulate=2',
+    '--config.model.layers=2', '--config.model.dtype=bfloat16', '--config.train.accumulate=2',
 ]  # fmt: skip
 
 

@@ -24,6 +24,7 @@ from tests import prng
 
 def tiny(word='core=lstm', **changes):
     config = configs.get_config(f'{word},tiny').unlock()
+    config.model.layers = 1 if word.startswith('core=lstm') else 2
     config.update_from_flattened_dict(changes)
     return config.lock()
 

@@ -34,6 +34,7 @@ def test_the_losses_are_the_same_on_1_2_and_4_devices_and_with_split_parameters(
 def test_the_gradient_of_parts_is_that_of_the_batch(word, parts):
     """With dropout too, whose masks are those of the rows."""
     config = lm.get_config(f'{word},tiny').unlock()
+    config.model.layers = 2
     config.dropout.update({'word': 0.3, 'input': 0.3, 'layer': 0.3, 'output': 0.3})
     if word == 'core=lstm':
         config.dropout.state = 0.3
