@@ -195,14 +195,15 @@ def nearest_size(
 
     # Move the two together by the Illinois method. It interpolates linearly, and halves the weight
     # of a bound that stays where it is, so that both bounds move.
-    lower_miss, upper_miss = target - cost(lower_bound), cost(upper_bound) - target
+    lower_weight = float(target - cost(lower_bound))
+    upper_weight = float(cost(upper_bound) - target)
     while upper_bound - lower_bound > 1:
-        share = lower_miss / (lower_miss + upper_miss)
+        share = lower_weight / (lower_weight + upper_weight)
         size = lower_bound + round(share * (upper_bound - lower_bound))
         size = min(max(size, lower_bound + 1), upper_bound - 1)
-        miss = cost(size) - target
-        if miss < 0:
-            lower_bound, lower_miss, upper_miss = size, -miss, upper_miss / 2
+        excess = cost(size) - target
+        if excess < 0:
+            lower_bound, lower_weight, upper_weight = size, -excess, upper_weight / 2
         else:
-            upper_bound, upper_miss, lower_miss = size, miss, lower_miss / 2
+            upper_bound, upper_weight, lower_weight = size, excess, lower_weight / 2
     return min((lower_bound, upper_bound), key=lambda size: abs(cost(size) - target))
