@@ -3,7 +3,6 @@
 import collections
 import html.parser
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -18,16 +17,36 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope='module')
-def site(tmp_path_factory):
-    pytest.importorskip('nbclient', reason='the extra docs is not installed')
+def build(tmp_path_factory):
+    """The folder of the built site, and what the build printed."""
+    for package in ('mkdocs', 'nbclient'):
+        pytest.importorskip(package, reason='the extra docs is not installed')
     folder = tmp_path_factory.mktemp('site')
-    environment = {**os.environ, 'NO_MKDOCS_2_WARNING': '1'}
-    subprocess.run(
+    done = subprocess.run(
         [sys.executable, '-m', 'mkdocs', 'build', '--quiet', '--site-dir', str(folder)],
-        cwd=ROOT, check=True, timeout=600, env=environment,
-    )  # fmt: skip
-    yield folder
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env={'NO_MKDOCS_2_WARNING': '1', 'PATH': '/usr/bin:/bin'},
+    )
+    assert done.returncode == 0, done.stderr
+    yield folder, done.stderr
     shutil.rmtree(folder)
+
+
+@pytest.fixture(scope='module')
+def site(build):
+    return build[0]
+
+
+def test_it_builds_without_a_warning(build):
+    folder, errors = build
+    assert not errors
+    page = (folder / 'api/mi.layers.html').read_text()
+    assert 'zᵀWx' in page and 'LowRankMultiplicativeInteraction' in page
+    index = (folder / 'index.html').read_text()
+    assert 'figures/concat_and_mi.svg' in index and 'tutorials/fusion.html' in index
 
 
 class Page(html.parser.HTMLParser):

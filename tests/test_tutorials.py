@@ -362,23 +362,3 @@ def test_the_config_of_the_dmlab_tutorial_is_fine(monkeypatch):
     rl.make_pool(config, 60, 0)
     assert made == config.env.options.to_dict()
     assert made['renderer'] == 'hardware'
-
-
-@pytest.mark.slow
-def test_the_site_builds_without_a_warning(tmp_path):
-    for package in ('mkdocs', 'nbclient'):
-        pytest.importorskip(package, reason='the extra docs is not installed')
-    command = [sys.executable, '-m', 'mkdocs', 'build', '--quiet', f'--site-dir={tmp_path}']
-    done = subprocess.run(
-        command,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=500,
-        env={'NO_MKDOCS_2_WARNING': '1', 'PATH': '/usr/bin:/bin'},
-    )
-    assert done.returncode == 0 and not done.stderr, done.stderr
-    page = (tmp_path / 'api/mi.layers.html').read_text()
-    assert 'zᵀWx' in page and 'LowRankMultiplicativeInteraction' in page
-    index = (tmp_path / 'index.html').read_text()
-    assert 'figures/concat_and_mi.svg' in index and 'tutorials/fusion.html' in index
