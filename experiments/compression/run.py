@@ -7,6 +7,9 @@ fine-tuned     the compressed layers after a few hundred more steps
 from scratch   the compressed form with new initial parameters, trained for as many steps as the run
                and the fine-tuning together
 
+Two references have the full MI: the run itself, and the run trained on for as many steps as the
+fine-tuning, in the same way. The latter shows what the additional steps do without compression.
+
     python -m mi.main --config=configs/lm.py:quickstart --config.model.fusion.name=mi \
         --workdir=runs/lm
     python -m experiments.compression --workdir=runs/lm --out=runs/lm_compression \
@@ -35,7 +38,7 @@ from matplotlib.figure import Figure
 from experiments.figures import panels
 from mi import overrides
 from mi.compress.forms import Form
-from mi.compress.runs import compress_run, make_config
+from mi.compress.runs import compress_run, copy_run, make_config
 from mi.config import UserError
 from mi.inspect.trained import load
 from mi.report import plots, statistics
@@ -44,7 +47,8 @@ from mi.training.io import read_json
 from mi.training.run_config import read_config, record_config
 
 ARMS = ('compressed', 'fine-tuned', 'from scratch')
-FULL = 'full'
+REFERENCES = ('full', 'full, trained on')
+COMPARED = ('from scratch', 'full, trained on')  # with 'fine-tuned', seed by seed
 MEASURES = {
     'lm': ('valid', ('bits_per_byte', 'nats_per_token')),
     'rl': ('eval', ('success', 'return')),
@@ -78,18 +82,24 @@ def run(settings: Settings, ranks: Sequence[int]) -> Values:
     """Run all arms that are not done yet, and return the values of all arms."""
     base = read_config(settings.workdir)
     metric = find_metric(settings.workdir)
+    tuning = [overrides.Override('train.steps', str(settings.steps)), *settings.changes]
     values: Values = {arm: {} for arm in ARMS}
-    values[FULL] = dict.fromkeys(ranks, read_values(settings.workdir, metric, is_last=True))
+
+    # The references, whose values are the same for all ranks.
+    trained_on = settings.out / 'full'
+    if not (trained_on / 'config.json').exists():
+        copy_run(settings.workdir, trained_on, tuning)
+    train(trained_on)
+    for name, path in zip(REFERENCES, (settings.workdir, trained_on), strict=True):
+        values[name] = dict.fromkeys(ranks, read_values(path, metric, is_last=True))
+
+    # The arms of each rank.
     for rank in ranks:
         tuned, scratch = (
             settings.out / f'{name}_{settings.form}_{rank}' for name in ('tuned', 'scratch')
         )
         if not (tuned / 'config.json').exists():
-            steps = overrides.Override('train.steps', str(settings.steps))
-            compress_run(
-                settings.workdir, tuned, settings.form, rank, [steps, *settings.changes],
-                settings.calibration,
-            )  # fmt: skip
+            compress_run(settings.workdir, tuned, settings.form, rank, tuning, settings.calibration)
         if not (scratch / 'config.json').exists():
             total = overrides.Override('train.steps', str(base.train.steps + settings.steps))
             config = make_config(load(settings.workdir), settings.form, rank, [total])
@@ -158,11 +168,17 @@ def write_report(settings: Settings, values: Values, metric: tuple[str, str]) ->
     """Write the figure, and the table as CSV and Markdown, and return their directory."""
     report_path = settings.out / 'report'
     report_path.mkdir(parents=True, exist_ok=True)
-    header = ['rank', 'parameters', 'error', *ARMS, FULL]
+    header = ['rank', 'parameters', 'error', *ARMS, *REFERENCES]
+    header += [f'fine-tuned − {name}' for name in COMPARED]
     rows = []
-    for rank in values[FULL]:
+    for rank in values[REFERENCES[0]]:
         parameters, error = describe_cost(settings, rank)
-        cells = [_format(values[arm][rank], arm) for arm in (*ARMS, FULL)]
+        cells = [_format(values[arm][rank], arm) for arm in (*ARMS, *REFERENCES)]
+        tuned_values = values['fine-tuned'][rank]
+        for name in COMPARED:
+            others = values[name][rank]
+            differences = {seed: value - others[seed] for seed, value in tuned_values.items()}
+            cells.append(_format(differences, name))
         rows.append([str(rank), f'{parameters}', f'{error:.4f}', *cells])
     buffer = io.StringIO()
     csv.writer(buffer, lineterminator='\n').writerows(_list_values(values))
@@ -189,11 +205,12 @@ def draw(values: Values, metric: str, form: str) -> Figure:
     """Draw the metric against the rank, with a line for each arm."""
     figure = Figure(figsize=(5, 3.4), layout='constrained')
     axes = figure.subplots()
-    styles = panels.assign_styles(ARMS, grey=[FULL])
-    for arm in (*ARMS, FULL):
+    styles = panels.assign_styles(ARMS, grey=REFERENCES)
+    for arm in (*ARMS, *REFERENCES):
         panels.draw_line(axes, values[arm], arm, styles[arm])
     axes.set_xscale('log', base=2)
-    axes.set_xticks(list(values[FULL]), [str(rank) for rank in values[FULL]])
+    ranks = list(values[REFERENCES[0]])
+    axes.set_xticks(ranks, [str(rank) for rank in ranks])
     axes.set_xlabel('blocks' if form == 'block' else f'rank of the form {form}')
     axes.set_ylabel(metric.replace('_', ' '))
     axes.legend(frameon=False)

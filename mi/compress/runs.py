@@ -83,24 +83,44 @@ def compress_run(
         changes is invalid.
     """
     # Compress the parameters of every seed.
-    out_path = pathlib.Path(out)
-    if out_path.exists() and (not out_path.is_dir() or any(out_path.iterdir())):
-        raise UserError(f'--out={out}: expected a new or empty directory. Try another one')
+    out_path = _check_out(out)
     trained = load(workdir)
     config = make_config(trained, form, size, changes)
     params, results = _compress_params(trained, form, size, calibration)
 
-    # Write the checkpoint first and config.json last: without it, the directory is not a run.
-    make_start = {'lm': _start_lm, 'rl': _start_rl}[config.task]
-    start = make_start(config, params, pathlib.Path(workdir))
-    checkpoints = checkpoint.Checkpoints(out_path / 'checkpoints', config.train.keep)
-    checkpoints.save(0, start.state, start.meta)
+    # Write config.json last: without it, the directory is not a run.
+    _save_start(config, params, workdir, out_path)
     origin = {'workdir': str(workdir), 'step': trained.step, 'form': form, 'size': size}
     origin['calibration'] = calibration
     errors = [result._asdict() for result in results]
     write_json(out_path / 'compressed.json', {**origin, 'errors': errors})
     record_config(out_path / 'config.json', config)
     return results
+
+
+def copy_run(
+    workdir: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    changes: Sequence[overrides.Override] = (),
+) -> None:
+    """Write a new run directory that starts from a run's parameters without compressing them.
+
+    The new run is like that of `compress_run` otherwise, which makes it the control of a
+    fine-tuning.
+
+    Args:
+      workdir: directory of the run.
+      out: directory of the new run, which must be empty or not exist.
+      changes: overrides of config keys, such as the learning rate.
+
+    Raises:
+      UserError: if `out` is not empty, or the config with its changes is invalid.
+    """
+    out_path = _check_out(out)
+    trained = load(workdir)
+    config = _change(trained.config, changes)
+    _save_start(config, trained.params, workdir, out_path)
+    record_config(out_path / 'config.json', config)
 
 
 def make_config(
@@ -122,6 +142,14 @@ def make_config(
     config.model.fusion.options = ml_collections.ConfigDict(options)
     if form != 'block':
         config.model.fusion.rank = size
+    return _change(config, changes)
+
+
+def _change(
+    config: ml_collections.ConfigDict, changes: Sequence[overrides.Override]
+) -> ml_collections.ConfigDict:
+    """Return a valid copy of a config with overrides, whose sizes are matched to nothing."""
+    config = config.copy_and_resolve_references().unlock()
     if 'match' in config:
         config.match.by = 'none'
     config.lock()
@@ -129,6 +157,26 @@ def make_config(
     validate = lm_config.validate if config.task == 'lm' else rl_config.validate
     validate(config)
     return config
+
+
+def _check_out(out: str | os.PathLike[str]) -> pathlib.Path:
+    out_path = pathlib.Path(out)
+    if out_path.exists() and (not out_path.is_dir() or any(out_path.iterdir())):
+        raise UserError(f'--out={out}: expected a new or empty directory. Try another one')
+    return out_path
+
+
+def _save_start(
+    config: ml_collections.ConfigDict,
+    params: Params,
+    workdir: str | os.PathLike[str],
+    out_path: pathlib.Path,
+) -> None:
+    """Save the first checkpoint of a new run, which starts from parameters [S, …]."""
+    make_start = {'lm': _start_lm, 'rl': _start_rl}[config.task]
+    start = make_start(config, params, pathlib.Path(workdir))
+    checkpoints = checkpoint.Checkpoints(out_path / 'checkpoints', config.train.keep)
+    checkpoints.save(0, start.state, start.meta)
 
 
 def _check_sites(trained: Trained) -> tuple[Site, ...]:

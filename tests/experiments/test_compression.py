@@ -64,14 +64,16 @@ def test_the_report_has_means_with_intervals_and_every_value(tmp_path):
     values = {
         arm: {rank: {0: base + rank, 1: base + rank + 2} for rank in (1, 4)}
         for arm, base in (('compressed', 10), ('fine-tuned', 20), ('from scratch', 30),
-                          ('full', 40))
+                          ('full', 40), ('full, trained on', 50))
     }  # fmt: skip
     path = compression.write_report(settings, values, ('valid', 'bits_per_byte'))
     table = (path / 'compression.md').read_text().splitlines()
     assert table[2].startswith('| 1 | 100 | 0.3000 | 12.0000 [11.0000, 13.0000] | 22.0000')
     assert table[3].startswith('| 4 | 160 | 0.3000 | 15.0000 [14.0000, 16.0000] | 25.0000')
+    assert table[0].endswith('| fine-tuned − from scratch | fine-tuned − full, trained on |')
+    assert table[2].endswith('| -10.0000 [-10.0000, -10.0000] | -30.0000 [-30.0000, -30.0000] |')
     rows = list(csv.DictReader((path / 'compression.csv').read_text().splitlines()))
-    assert len(rows) == 4 * 2 * 2
+    assert len(rows) == 5 * 2 * 2
     assert {'arm': 'full', 'rank': '4', 'seed': '1', 'value': '46'} in rows
     assert (path / 'compression.png').stat().st_size > 1000
     assert json.loads((path / 'settings.json').read_text())['steps'] == 2
@@ -92,7 +94,12 @@ def test_a_language_model_is_compressed_fine_tuned_and_trained_from_scratch(tmp_
     exact = site.z.shape[-1] * site.x.shape[-1]
     settings = make_settings(tmp_path)
     values = compression.run(settings, [exact])
-    assert trained_paths == [f'tuned_cp_{exact}', f'scratch_cp_{exact}']
+    assert trained_paths == ['full', f'tuned_cp_{exact}', f'scratch_cp_{exact}']
+    assert read_config(tmp_path / 'out/full').train.steps == 2
+    metric = compression.find_metric(tmp_path / 'base')
+    at_start = compression.read_values(tmp_path / 'out/full', metric, is_last=False)
+    assert at_start == pytest.approx(values['full'][exact], abs=1e-5)
+    assert values['full, trained on'][exact] != values['full'][exact]
     assert values['compressed'][exact] == pytest.approx(values['full'][exact], abs=1e-4)
     assert values['from scratch'][exact] != pytest.approx(values['full'][exact], abs=1e-4)
 
@@ -102,7 +109,7 @@ def test_a_language_model_is_compressed_fine_tuned_and_trained_from_scratch(tmp_
     assert (config.model.fusion.name, config.model.fusion.rank) == ('mi_low_rank', exact)
     assert config.train.steps == 4 and not (scratch / 'compressed.json').exists()
     assert read_config(tmp_path / f'out/tuned_cp_{exact}').train.steps == 2
-    path = compression.write_report(settings, values, compression.find_metric(settings.workdir))
+    path = compression.write_report(settings, values, metric)
     assert 'nan' not in (path / 'compression.md').read_text()
 
 
