@@ -48,7 +48,12 @@ from mi.training.run_config import read_config, record_config
 
 ARMS = ('compressed', 'fine-tuned', 'from scratch')
 REFERENCES = ('full', 'full, trained on')
-COMPARED = ('from scratch', 'full, trained on')  # with 'fine-tuned', seed by seed
+COMPARED = (
+    ('compressed', 'from scratch'),
+    ('fine-tuned', 'from scratch'),
+    ('fine-tuned', 'full, trained on'),
+)
+"""Arms whose values are subtracted seed by seed."""
 MEASURES = {
     'lm': ('valid', ('bits_per_byte', 'nats_per_token')),
     'rl': ('eval', ('success', 'return')),
@@ -169,16 +174,15 @@ def write_report(settings: Settings, values: Values, metric: tuple[str, str]) ->
     report_path = settings.out / 'report'
     report_path.mkdir(parents=True, exist_ok=True)
     header = ['rank', 'parameters', 'error', *ARMS, *REFERENCES]
-    header += [f'fine-tuned − {name}' for name in COMPARED]
+    header += [f'{arm} − {other}' for arm, other in COMPARED]
     rows = []
     for rank in values[REFERENCES[0]]:
         parameters, error = describe_cost(settings, rank)
         cells = [_format(values[arm][rank], arm) for arm in (*ARMS, *REFERENCES)]
-        tuned_values = values['fine-tuned'][rank]
-        for name in COMPARED:
-            others = values[name][rank]
-            differences = {seed: value - others[seed] for seed, value in tuned_values.items()}
-            cells.append(_format(differences, name))
+        for arm, other in COMPARED:
+            others = values[other][rank]
+            differences = {seed: value - others[seed] for seed, value in values[arm][rank].items()}
+            cells.append(_format(differences, arm))
         rows.append([str(rank), f'{parameters}', f'{error:.4f}', *cells])
     buffer = io.StringIO()
     csv.writer(buffer, lineterminator='\n').writerows(_list_values(values))
