@@ -30,8 +30,7 @@ import numpy as np
 from absl import app, flags
 from chex import Array
 
-from benchmarks import pipeline
-from benchmarks.options import JSON, ONLY
+from benchmarks import options, pipeline
 from configs import rl as configs
 from mi.rl import envs, factory
 from mi.rl.actors import loop as actors_loop
@@ -44,6 +43,8 @@ from mi.training import host, optim, sharding
 
 UPDATES = flags.DEFINE_integer('updates', 60, 'Updates per run after the warm-up.', lower_bound=10)
 NUMBERS = flags.DEFINE_list('actors', ['1', '2'], 'Numbers of actor threads.')
+ONLY = options.define_only('Sets: catch, babyai')
+JSON = options.define_json()
 
 SETS = ('catch', 'babyai')
 WARMUP = 10  # updates in which programs are compiled and the queue fills

@@ -164,6 +164,7 @@ def _time_turn(call: Callable[[], object]) -> float:
 def main(argv: Sequence[str]) -> None:
     """Measure all regimes and print the table."""
     del argv
+    host.set_xla_flags()
     print(f'{host.describe_machine()}, jax {jax.__version__}, f32.\n')
     print('| contexts | pass | ten lines, ms | ours, ms | faster | ten lines, MiB | ours, MiB |')
     print('| --- | --- | ---: | ---: | ---: | ---: | ---: |')

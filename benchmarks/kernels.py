@@ -35,8 +35,7 @@ from absl import app, flags
 from flax import linen as nn
 from jax import Array
 
-from benchmarks import plain_rl, rounds
-from benchmarks.options import JSON, ONLY, ROUNDS, SIDE
+from benchmarks import options, plain_rl, rounds
 from configs import lm as lm_configs
 from configs import rl as rl_configs
 from mi.estimate import memory, program, topologies
@@ -49,6 +48,10 @@ TOPOLOGY = flags.DEFINE_string(
     'GPU in mi.estimate.topologies to compile for, such as h100:1; None to run here.',
 )
 WHERE = flags.DEFINE_string('where', None, 'SET/SIDE whose launches are listed by their source.')
+ONLY = options.define_only('Sets: lstm, transformer, rl')
+ROUNDS = options.define_rounds()
+SIDE = options.define_side()
+JSON = options.define_json()
 
 SIDES: dict[str, tuple[str, ...]] = {
     'lstm': ('plain', 'none', 'mi'),

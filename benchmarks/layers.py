@@ -31,14 +31,18 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
+from benchmarks import options
 from benchmarks.layer_sides import Arrays, Side, Tensor, jax_sides, torch_sides
-from benchmarks.options import JSON, ONLY, ROUNDS, SIDE
 from benchmarks.regimes import REGIMES, Regime, random_regimes, relative_error
 from mi.kernels import bilinear as kernels
 from mi.training import host
 
 ORDERS = flags.DEFINE_bool('orders', False, 'Compare the plan with every order on random shapes.')
 MEMORY = flags.DEFINE_bool('measure_memory', False, 'For the workers: measure memory, not time.')
+ROUNDS = options.define_rounds()
+ONLY = options.define_only('Beginnings of names of regimes')
+SIDE = options.define_side()
+JSON = options.define_json()
 
 PEAK_SIZE = 2048
 SLOW = 5.0  # seconds: one round is enough for a side that takes longer
@@ -406,6 +410,7 @@ def race_orders() -> list[Figure]:
 def main(argv: Sequence[str]) -> None:
     """Run the comparison, or serve as one of its workers."""
     del argv
+    host.set_xla_flags()
     if SIDE.value:
         serve(SIDE.value, MEMORY.value)
         return

@@ -26,8 +26,8 @@ import jax.numpy as jnp
 from absl import app, flags
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from benchmarks import options
 from benchmarks.layer_sides import Tensor, jax_sides
-from benchmarks.options import ONLY
 from benchmarks.regimes import REGIMES, Regime
 from mi.estimate import program, topologies
 from mi.kernels.bilinear import DENSE_ORDERS, ID_ORDERS, bilinear, choose_order
@@ -35,6 +35,7 @@ from mi.kernels.bilinear import DENSE_ORDERS, ID_ORDERS, bilinear, choose_order
 CHIPS = flags.DEFINE_list('tpus', ['v5e', 'v6e'], 'Kinds of TPU in mi.estimate.topologies.')
 DTYPES = flags.DEFINE_list('dtypes', ['bfloat16', 'float32'], 'Types of the arrays.')
 ORDERS = flags.DEFINE_list('tpu_orders', [], 'Orders of zᵀWx; all by default.')
+ONLY = options.define_only('Names of regimes')
 
 PEAKS = {'v4': 275e12, 'v5e': 197e12, 'v5p': 459e12, 'v6e': 918e12}  # FLOP/s in bf16
 PRESETS = [

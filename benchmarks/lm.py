@@ -39,8 +39,7 @@ import numpy as np
 from absl import app, flags
 from jax import Array
 
-from benchmarks import rounds
-from benchmarks.options import JSON, ONLY, ROUNDS, SIDE
+from benchmarks import options, rounds
 from configs import lm as configs
 from mi import cells
 from mi.cells import Carry
@@ -53,6 +52,10 @@ from mi.lm.data.batches import Batch
 from mi.training import host, sharding
 
 CPU_TIME = flags.DEFINE_bool('cpu_time', False, 'Measure the CPU time of one thread.')
+ROUNDS = options.define_rounds()
+ONLY = options.define_only('Sets: lstm, transformer, cells, fusions, loop')
+SIDE = options.define_side()
+JSON = options.define_json()
 
 DENSE_FUSIONS = [name for name in FUSIONS if name not in ONE_HOT]
 # As in mi.main; must precede default_backend, which starts JAX's threads.
@@ -380,6 +383,10 @@ def main(argv: Sequence[str]) -> None:
         read_clock = time.process_time if CPU_TIME.value else time.perf_counter
         rounds.serve(make_step(*SIDE.value.split('/')), read_clock=read_clock)
         return
+    if CPU_TIME.value and (GPU or 'loop' in (ONLY.value or SIZES)):
+        raise app.UsageError(
+            '--cpu_time: expected a CPU, and --only=SETS without loop, whose ratio is of times'
+        )
     if CPU_TIME.value:  # for the workers
         os.environ['OMP_NUM_THREADS'] = '1'
         flags_of_user = os.environ.get('XLA_FLAGS', '')
@@ -404,6 +411,7 @@ def main(argv: Sequence[str]) -> None:
             'machine': host.describe_machine(),
             'jax': jax.__version__,
             'rounds': ROUNDS.value,
+            'cpu_time': CPU_TIME.value,
         }
         with open(JSON.value, 'w') as json_file:
             json.dump(record | {'figures': figures}, json_file, indent=2)

@@ -36,8 +36,7 @@ import ml_collections
 import numpy as np
 from absl import app, flags
 
-from benchmarks import rounds
-from benchmarks.options import JSON, SIDE
+from benchmarks import options, rounds
 from configs import lm as configs
 from mi.config import UserError
 from mi.lm import factory
@@ -50,6 +49,8 @@ STEPS = flags.DEFINE_integer('steps', 2000, 'Updates of each side.', lower_bound
 TURNS = flags.DEFINE_integer('turns', 20, 'Turns that divide the updates.', lower_bound=1)
 SEED = flags.DEFINE_integer('init_seed', 0, 'Seed of parameters and batches.')
 COMPILE = flags.DEFINE_bool('compile', False, 'Also race torch.compile.')
+SIDE = options.define_side()
+JSON = options.define_json()
 
 TORCH = 'torch'  # the peer of the ratios
 SWIGLU_RATIO = 332 / 128  # F / H at which our parameters are those of a GELU layer of 4 H features

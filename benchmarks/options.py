@@ -1,8 +1,33 @@
-"""Flags that several benchmarks have. absl allows one definition of a flag in a process."""
+"""Flags that several benchmarks have; each benchmark defines those that it reads.
+
+absl refuses a second definition of a flag in a process unless it may override the first one. Tests
+import several benchmarks into one process.
+"""
 
 from absl import flags
 
-ROUNDS = flags.DEFINE_integer('rounds', 7, 'Interleaved rounds.', lower_bound=1)
-ONLY = flags.DEFINE_list('only', [], "Sets, as in the benchmark's docstring; all by default.")
-SIDE = flags.DEFINE_string('side', None, 'For the workers: the side that a process serves.')
-JSON = flags.DEFINE_string('json', None, 'JSON file to write the figures to.')
+
+def define_rounds() -> flags.FlagHolder[int]:
+    """Define --rounds."""
+    return flags.DEFINE_integer(
+        'rounds', 7, 'Interleaved rounds.', lower_bound=1, allow_override=True
+    )
+
+
+def define_only(description: str) -> flags.FlagHolder[list[str]]:
+    """Define --only, a list of what to run, which is everything by default."""
+    return flags.DEFINE_list('only', [], f'{description}; all by default.', allow_override=True)
+
+
+def define_side() -> flags.FlagHolder[str | None]:
+    """Define --side, with which a benchmark starts its workers."""
+    return flags.DEFINE_string(
+        'side', None, 'For the workers: the side to serve.', allow_override=True
+    )
+
+
+def define_json() -> flags.FlagHolder[str | None]:
+    """Define --json, the file for the figures."""
+    return flags.DEFINE_string(
+        'json', None, 'JSON file to write the figures to.', allow_override=True
+    )

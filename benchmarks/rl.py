@@ -31,8 +31,7 @@ import ml_collections
 import numpy as np
 from absl import app
 
-from benchmarks import rounds
-from benchmarks.options import JSON, ONLY, ROUNDS, SIDE
+from benchmarks import options, rounds
 from configs import rl as configs
 from mi.rl import envs, factory, learner
 from mi.rl.actors import loop as actors_loop
@@ -43,6 +42,11 @@ from mi.rl.fused import loop as fused
 from mi.rl.fused import rollout
 from mi.rl.trajectory import Trajectory
 from mi.training import host, optim, run_mesh, sharding
+
+ROUNDS = options.define_rounds()
+ONLY = options.define_only('Sets for this device')
+SIDE = options.define_side()
+JSON = options.define_json()
 
 LEVELS = 'babyai/GoToRedBallGrey,GoToLocal,PickupLoc,PutNextLocal'
 FUSIONS = ('none', 'concat', 'multi_head', 'film', 'mi_low_rank', 'mi')

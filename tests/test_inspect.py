@@ -271,6 +271,27 @@ def test_inputs_are_recorded_in_loops_and_with_ids():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    'changes',
+    [
+        {'model.source': 'state', 'model.site': 'ffn'},
+        {
+            **{'model.core': 'transformer', 'model.site': 'ffn', 'model.source': 'domain'},
+            **{'model.memory': 0, 'model.layers': 2, 'model.remat': True},
+        },
+    ],
+    ids=['lstm', 'remat'],
+)
+def test_inputs_of_a_fusion_that_only_the_logits_depend_on_are_recorded(tmp_path, changes):
+    lm.train(make_config(lm_configs, LM, seeds=(0,), **changes), str(tmp_path))
+    run = trained.load(tmp_path)
+    (rows,) = inputs.draw_inputs(run, 50)
+    assert {path: (len(x), len(z)) for path, (x, z) in rows.items()} == {
+        site.path: (50, 50) for site in run.sites
+    }
+
+
+@pytest.mark.slow
 def test_the_contexts_of_a_calibration_are_those_of_the_validation_text(lm_run, tmp_path):
     run = trained.load(lm_run)
     (site,) = run.sites
@@ -345,9 +366,11 @@ def test_a_run_without_an_interaction_is_refused(tmp_path):
 def test_the_first_array_of_another_shape_is_named():
     like = {'a': jnp.zeros(2), 'b': [jnp.zeros(3), jnp.zeros((4, 5))]}
     tree = {'a': np.ones(2), 'b': [np.ones(3), np.ones((4, 6))]}
-    with pytest.raises(ValueError, match=r"state\['b'\]\[1\]: expected \(4, 5\), got \(4, 6\)$"):
+    with pytest.raises(
+        UserError, match=r"^state\['b'\]\[1\]: expected \(4, 5\), got \(4, 6\)\. The"
+    ):
         compress_runs._place(tree, like)
-    with pytest.raises(ValueError, match=r"state\['b'\]\[1\]: .* got no such array"):
+    with pytest.raises(UserError, match=r"state\['b'\]\[1\]: .* got no such array"):
         compress_runs._place(tree | {'b': [np.ones(3)]}, like)
 
 

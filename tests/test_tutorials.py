@@ -85,24 +85,33 @@ RUNS = {
 }  # package → its command
 
 
-def known_flags(module, seen=None):
-    """Names of the flags that a module and what it imports of ours define."""
-    seen = set() if seen is None else seen
-    path = source(module)
-    if module in seen or not path.exists():
-        return set()
-    seen.add(module)
-    names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+@functools.cache
+def read_flags(module):
+    """Names of the flags that a module defines, and the modules of ours that it imports."""
+    names, imports = set(), set()
+    if not source(module).exists():
+        return names, imports
+    for node in ast.walk(ast.parse(source(module).read_text())):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
             if node.func.attr.upper().startswith('DEFINE') or node.func.attr == 'add_argument':
                 names |= {a.value.lstrip('-') for a in node.args[:1] if isinstance(a, ast.Constant)}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            inside = [node.module, *(f'{node.module}.{alias.name}' for alias in node.names)]
-            for name in inside:
+            for name in (node.module, *(f'{node.module}.{alias.name}' for alias in node.names)):
                 if name.split('.')[0] in ('launch', 'benchmarks') or name == 'mi.report':
-                    names |= known_flags(name, seen)
-    return names
+                    imports.add(name)
+    return names, imports
+
+
+@functools.cache
+def known_flags(module):
+    """Names of the flags that a module and what it imports of ours define."""
+    seen, unread = set(), [module]
+    while unread:
+        name = unread.pop()
+        if name not in seen:
+            seen.add(name)
+            unread += read_flags(name)[1]
+    return set().union(*(read_flags(name)[0] for name in seen))
 
 
 def config_of(word):

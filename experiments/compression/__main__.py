@@ -14,6 +14,7 @@ from absl import app, flags, logging
 from experiments.compression.run import Settings, find_metric, run, write_report
 from mi import overrides
 from mi.config import UserError, format_error
+from mi.training import host
 
 WORKDIR = flags.DEFINE_string('workdir', None, 'Run directory of the full MI.')
 OUT = flags.DEFINE_string('out', None, 'Directory of the runs of this experiment.')
@@ -29,6 +30,7 @@ def main(argv: Sequence[str], changes: Sequence[overrides.Override]) -> None:
     Raises:
       UserError: if the flags or the run are invalid.
     """
+    host.set_xla_flags()
     if len(argv) > 1:
         raise UserError(f'unexpected argument {argv[1]!r}: expected flags of the form --NAME=VALUE')
     if not WORKDIR.value or not OUT.value:

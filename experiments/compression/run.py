@@ -27,18 +27,20 @@ import csv
 import io
 import json
 import pathlib
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import matplotlib
+import ml_collections
 from matplotlib.figure import Figure
 
 from experiments.figures import panels
 from mi import overrides
 from mi.compress.forms import Form
-from mi.compress.runs import compress_run, copy_run, make_config
+from mi.compress.runs import change_config, compress_run, copy_run, make_config
 from mi.config import UserError
 from mi.inspect.trained import load
 from mi.report import plots, statistics
@@ -85,37 +87,61 @@ class Settings(NamedTuple):
 
 def run(settings: Settings, ranks: Sequence[int]) -> Values:
     """Run all arms that are not done yet, and return the values of all arms."""
-    base = read_config(settings.workdir)
+    trained = load(settings.workdir)
     metric = find_metric(settings.workdir)
+    total_steps = trained.config.train.steps + settings.steps
+    total = [overrides.Override('train.steps', str(total_steps))]
     tuning = [overrides.Override('train.steps', str(settings.steps)), *settings.changes]
     values: Values = {arm: {} for arm in ARMS}
-
-    # The references, whose values are the same for all ranks.
-    trained_on = settings.out / 'full'
-    if not (trained_on / 'config.json').exists():
-        copy_run(settings.workdir, trained_on, tuning)
-    train(trained_on)
-    for name, path in zip(REFERENCES, (settings.workdir, trained_on), strict=True):
-        values[name] = dict.fromkeys(ranks, read_values(path, metric, is_last=True))
 
     # The arms of each rank.
     for rank in ranks:
         tuned, scratch = (
             settings.out / f'{name}_{settings.form}_{rank}' for name in ('tuned', 'scratch')
         )
-        if not (tuned / 'config.json').exists():
+        if not _is_started(tuned, make_config(trained, settings.form, rank, tuning)):
             compress_run(settings.workdir, tuned, settings.form, rank, tuning, settings.calibration)
-        if not (scratch / 'config.json').exists():
-            total = overrides.Override('train.steps', str(base.train.steps + settings.steps))
-            config = make_config(load(settings.workdir), settings.form, rank, [total])
-            scratch.mkdir(parents=True, exist_ok=True)
-            record_config(scratch / 'config.json', config)
+        _check_calibration(tuned, settings.calibration)
+        scratch_config = make_config(trained, settings.form, rank, total)
+        if not _is_started(scratch, scratch_config):
+            scratch.mkdir(parents=True)
+            record_config(scratch / 'config.json', scratch_config)
         for path in (tuned, scratch):
             train(path)
         values['compressed'][rank] = read_values(tuned, metric, is_last=False)
         values['fine-tuned'][rank] = read_values(tuned, metric, is_last=True)
         values['from scratch'][rank] = read_values(scratch, metric, is_last=True)
+
+    # The references, whose values are the same for all ranks.
+    trained_on = settings.out / 'full'
+    if not _is_started(trained_on, change_config(trained.config, tuning)):
+        copy_run(settings.workdir, trained_on, tuning)
+    train(trained_on)
+    for name, path in zip(REFERENCES, (settings.workdir, trained_on), strict=True):
+        values[name] = dict.fromkeys(ranks, read_values(path, metric, is_last=True))
     return values
+
+
+def _is_started(path: pathlib.Path, config: ml_collections.ConfigDict) -> bool:
+    """Return whether a run exists, after removing what a killed command left of its start.
+
+    Raises:
+      UserError: if the run has another config.
+    """
+    if (path / 'config.json').exists():
+        record_config(path / 'config.json', config, flag='--out')
+        return True
+    shutil.rmtree(path, ignore_errors=True)
+    return False
+
+
+def _check_calibration(path: pathlib.Path, calibration: int) -> None:
+    recorded = read_json(path / 'compressed.json')['calibration']
+    if recorded != calibration:
+        raise UserError(
+            f'{path} was compressed with --calibration={recorded}, not {calibration}. Use another '
+            f'--out'
+        )
 
 
 def train(run_path: pathlib.Path) -> None:

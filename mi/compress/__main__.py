@@ -23,6 +23,7 @@ from mi import overrides
 from mi.compress.forms import FORMS
 from mi.compress.runs import compress_run
 from mi.config import UserError, format_error
+from mi.training import host
 
 WORKDIR = flags.DEFINE_string('workdir', None, 'Run directory of a language model or an agent.')
 OUT = flags.DEFINE_string('out', None, 'Run directory to write, new or empty.')
@@ -40,6 +41,7 @@ def main(argv: list[str], changes: list[overrides.Override]) -> None:
     Raises:
       UserError: if the flags or the run are invalid.
     """
+    host.set_xla_flags()
     if len(argv) > 1:
         raise UserError(f'unexpected argument {argv[1]!r}; flags are --NAME=VALUE')
     if not WORKDIR.value or not OUT.value:

@@ -141,8 +141,9 @@ def _read_text(trained: Trained, recorder: Recorder) -> Iterator[Advance]:
 
     @jax.jit
     def read(params: Params, carry: Any, inputs: jax.Array, domains: Any) -> Any:
-        next_carry, _ = model.apply({'params': params}, carry, inputs, None, domains)
-        return next_carry
+        outputs: Any = model.apply({'params': params}, carry, inputs, None, domains)
+        next_carry, logits = outputs
+        return next_carry, logits.sum()  # callbacks in loops are terms of both; XLA removes others
 
     def advance(params: Params, num_rows: int) -> None:
         carry = model.initial_carry(batch)
@@ -153,7 +154,7 @@ def _read_text(trained: Trained, recorder: Recorder) -> Iterator[Advance]:
             uses_domains = model.source == 'domain'
             domains = corpus.get_domains('valid', positions) if uses_domains else None
             with recorder.record():
-                carry = read(params, carry, jnp.asarray(inputs), domains)
+                carry, _ = read(params, carry, jnp.asarray(inputs), domains)
 
     yield advance
 

@@ -118,7 +118,7 @@ def copy_run(
     """
     out_path = _check_out(out)
     trained = load(workdir)
-    config = _change(trained.config, changes)
+    config = change_config(trained.config, changes)
     _save_start(config, trained.params, workdir, out_path)
     record_config(out_path / 'config.json', config)
 
@@ -142,13 +142,13 @@ def make_config(
     config.model.fusion.options = ml_collections.ConfigDict(options)
     if form != 'block':
         config.model.fusion.rank = size
-    return _change(config, changes)
+    return change_config(config, changes)
 
 
-def _change(
+def change_config(
     config: ml_collections.ConfigDict, changes: Sequence[overrides.Override]
 ) -> ml_collections.ConfigDict:
-    """Return a valid copy of a config with overrides, whose sizes are matched to nothing."""
+    """Return a valid copy of a config with overrides, whose sizes are not matched again."""
     config = config.copy_and_resolve_references().unlock()
     if 'match' in config:
         config.match.by = 'none'
@@ -270,16 +270,20 @@ def _start_rl(config: ml_collections.ConfigDict, params: Params, run_path: pathl
 
 
 def _place(tree: Any, like: Any) -> Any:
-    """Place a tree on the devices of another one, which must have the same structure and shapes."""
+    """Place a tree on the devices of another one, which must have the same structure and shapes.
+
+    Raises:
+      UserError: if a change of the config has given the new model other sizes.
+    """
     shapes, expected = (
         {jax.tree_util.keystr(path): jnp.shape(leaf) for path, leaf in jax.tree.leaves_with_path(a)}
         for a in (tree, like)
     )
     for name in sorted(shapes | expected):
         if shapes.get(name) != expected.get(name):
-            raise ValueError(
-                f'compressed state{name}: expected {expected.get(name, "no such array")}, got '
-                f'{shapes.get(name, "no such array")}'
+            raise UserError(
+                f'state{name}: expected {expected.get(name, "no such array")}, got '
+                f'{shapes.get(name, "no such array")}. The changes must keep the sizes of the model'
             )
     return jax.tree.map(
         lambda a, b: jax.device_put(jnp.asarray(a, b.dtype), b.sharding), tree, like

@@ -19,6 +19,7 @@ from absl import app, flags, logging
 
 from mi.config import UserError
 from mi.inspect import report
+from mi.training import host
 
 WORKDIR = flags.DEFINE_string('workdir', None, 'Run directory of a language model or an agent.')
 SEED = flags.DEFINE_integer('seed', None, 'Seed of the figures; the first one by default.')
@@ -26,6 +27,7 @@ OUT = flags.DEFINE_string('out', None, 'Output directory; WORKDIR/inspect by def
 
 
 def main(argv: list[str]) -> None:
+    host.set_xla_flags()
     if len(argv) > 1:
         sys.exit(f'error: unknown argument {argv[1]!r}; flags are --NAME=VALUE, see --help')
     if not WORKDIR.value:

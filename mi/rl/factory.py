@@ -177,7 +177,7 @@ def _check_instruction(config: ml_collections.ConfigDict, spec: Spec) -> None:
         subject = 'the environment' if model.instruction else 'the agent'
         advice = (
             'Choose another environment, or other sites and source'
-            if model.instruction
+            if not spec.vocabulary
             else 'Try config.model.instruction = True'
         )
         raise UserError(

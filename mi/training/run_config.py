@@ -16,11 +16,18 @@ ADDED: dict[str, Any] = {'data.tokenizer': '', 'optim.ema': 0.0}
 """Keys (SECTION.KEY) that were added after the first runs → their values in older runs."""
 
 
-def record_config(file: pathlib.Path, config: ml_collections.ConfigDict) -> None:
+def record_config(
+    file: pathlib.Path, config: ml_collections.ConfigDict, flag: str = '--workdir'
+) -> None:
     """Write config.json, or check that it agrees with the config of a resumed run.
 
     A key that is missing in config.json was added to the code since the run started. It is written
     to config.json, with a warning.
+
+    Args:
+      file: path of config.json in the run directory.
+      config: config of the run.
+      flag: flag that names the directory, for the error message.
 
     Raises:
       UserError: if the run was started with a different config.
@@ -41,8 +48,7 @@ def record_config(file: pathlib.Path, config: ml_collections.ConfigDict) -> None
     difference = describe_difference(recorded_values, current_values)
     if describe_difference(recorded_values | added_values, current_values):
         raise UserError(
-            f'{file.parent} was started with a different config: {difference}. Use another '
-            f'--workdir'
+            f'{file.parent} was started with a different config: {difference}. Use another {flag}'
         )
 
     # Record the added keys too.

@@ -94,7 +94,7 @@ def test_a_language_model_is_compressed_fine_tuned_and_trained_from_scratch(tmp_
     exact = site.z.shape[-1] * site.x.shape[-1]
     settings = make_settings(tmp_path)
     values = compression.run(settings, [exact])
-    assert trained_paths == ['full', f'tuned_cp_{exact}', f'scratch_cp_{exact}']
+    assert trained_paths == [f'tuned_cp_{exact}', f'scratch_cp_{exact}', 'full']
     assert read_config(tmp_path / 'out/full').train.steps == 2
     metric = compression.find_metric(tmp_path / 'base')
     at_start = compression.read_values(tmp_path / 'out/full', metric, is_last=False)
@@ -111,6 +111,15 @@ def test_a_language_model_is_compressed_fine_tuned_and_trained_from_scratch(tmp_
     assert read_config(tmp_path / f'out/tuned_cp_{exact}').train.steps == 2
     path = compression.write_report(settings, values, metric)
     assert 'nan' not in (path / 'compression.md').read_text()
+
+    # The same command continues; one with other settings is refused; a killed start is made again.
+    (tmp_path / 'out/full/config.json').unlink()
+    again = compression.run(settings, [exact])
+    assert again.keys() == values.keys() and again['compressed'] == values['compressed']
+    with pytest.raises(compression.UserError, match=r'train\.steps .* Use another --out'):
+        compression.run(settings._replace(steps=3), [exact])
+    with pytest.raises(compression.UserError, match=r'--calibration=0, not 20\. Use another --out'):
+        compression.run(settings._replace(calibration=20), [exact])
 
 
 @pytest.mark.slow

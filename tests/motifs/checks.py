@@ -101,18 +101,19 @@ def assert_float64(f, *args):
     assert {a.dtype for a in floats} == {jnp.dtype('float64')}
     weights = jax.tree.map(lambda a: jnp.asarray(rng.normal(size=a.shape)), outputs)
 
-    @jax.jit
     def loss(args):
         terms = jax.tree.map(lambda w, y: (w * y).sum(), weights, f(*args))
         return sum(jax.tree.leaves(terms))
 
+    # One program for all values, because compiling takes longer than its gradients.
+    value_and_gradient = jax.jit(jax.value_and_grad(loss, allow_int=True))
     tangent = directions(args)
-    gradient = jax.jit(jax.grad(loss, allow_int=True))(args)
+    _, gradient = value_and_gradient(args)
     slope = sum(
         float((g * t).sum())
         for g, t in zip(jax.tree.leaves(gradient), jax.tree.leaves(tangent), strict=True)
         if t.dtype != jax.dtypes.float0
     )
-    ends = [loss(moved(step, args, tangent)) for step in (1e-5, -1e-5)]
+    ends = [value_and_gradient(moved(step, args, tangent))[0] for step in (1e-5, -1e-5)]
     difference = float(ends[0] - ends[1]) / 2e-5
     assert abs(difference - slope) < 1e-6 * max(1, abs(slope)), (difference, slope)
