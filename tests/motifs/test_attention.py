@@ -1,5 +1,6 @@
 import functools
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from mi.motifs.attention import (
     masked_softmax,
 )
 from mi.motifs.convolutional_attention import ConvolutionalSelfAttention, convert_convolution
+from mi.motifs.positions import rotate
 from mi.unify import as_mi
 from tests import prng
 from tests.motifs.checks import is_its_composition
@@ -575,3 +577,13 @@ def test_the_softmax_has_the_derivative_of_jax_and_none_where_all_is_masked(mode
     np.testing.assert_allclose(y[1:], reference(scores)[1:], rtol=1e-6)
     np.testing.assert_allclose(derivative[1:], expected[1:], rtol=1e-5, atol=1e-7)
     assert not y[0].any() and not derivative[0].any()
+
+
+def test_a_rotation_computes_sines_once_per_position():
+    """And not for every batch entry and head, in the loop of the product with the tokens."""
+    tokens, positions = jnp.ones((4, 8, 2, 6)), jnp.arange(8)
+    program = jax.jit(rotate).lower(tokens, positions).compile().as_text()
+    parts = [part for part in program.split('\n\n') if re.search(r' (co)?sine\(', part)]
+    assert parts
+    for part in parts:
+        assert part.startswith('ENTRY') or 'f32[4,8,2' not in part
