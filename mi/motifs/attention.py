@@ -162,12 +162,12 @@ class Attention(nn.Module):
 
         # Encode positions, and append keys and values to the cache.
         cache = self._get_cache(keys, values) if decode else None
-        first_position = cache['filled'].value if cache else jnp.zeros((), jnp.int32)
+        first_position = cache['filled'].value if cache else 0
         last_position = first_position + z.shape[-2] - 1  # of the last query and the last new key
         query_positions = last_position - jnp.arange(num_queries)[::-1]
         if self.positions == 'rotary':
-            queries = rotate(queries, query_positions)
-            keys = rotate(keys, first_position + jnp.arange(keys.shape[-3]))
+            queries = rotate(queries, last_position + 1 - num_queries)
+            keys = rotate(keys, first_position)
         if cache and not self.is_initializing():
             keys, values = _append(cache, keys, values)
         num_keys = keys.shape[-3]
@@ -237,7 +237,7 @@ class Attention(nn.Module):
         return queries, keys, values
 
     def _compute_scores(
-        self, queries: Array, keys: Array, last_position: Array, input_size: int
+        self, queries: Array, keys: Array, last_position: int | Array, input_size: int
     ) -> Array:
         """Return √d times the scores [..., kv_heads, group, T, S] in at least f32.
 

@@ -3,8 +3,10 @@
 Angles are computed in at least f32, whatever the dtype of the tokens.
 """
 
-import jax
+import functools
+
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.typing import DTypeLike
 
@@ -12,6 +14,7 @@ from mi.kernels.linear import accumulation_dtype
 from mi.layers import expand_rank
 
 BASE = 10_000.0
+MAX_CONSTANT = 2**20  # entries of constant cosines and sines together
 
 
 def is_visible(distance: Array, causal: bool, window: int | None) -> Array:
@@ -43,7 +46,7 @@ def compute_angles(positions: Array, features: int, dtype: DTypeLike = jnp.float
     return jnp.multiply.outer(positions.astype(angle_dtype), frequencies)
 
 
-def rotate(tokens: Array, positions: Array) -> Array:
+def rotate(tokens: Array, first_position: int | Array) -> Array:
     """Apply rotary position embeddings (Su et al., 2021), which rotate pairs of entries.
 
     The inner product of a rotated query and a rotated key only depends on their distance, not on
@@ -52,18 +55,47 @@ def rotate(tokens: Array, positions: Array) -> Array:
 
     Args:
       tokens: queries or keys, [..., T, heads, d], with an even d.
-      positions: position of each token, [T].
+      first_position: position of the first token. The others follow. An int makes the cosines and
+        sines constants of the program.
 
     Returns:
       The rotated tokens, [..., T, heads, d], in their dtype.
     """
-    angles = compute_angles(positions, tokens.shape[-1], tokens.dtype)[:, None]
-    angles = expand_rank(angles, tokens.ndim)
-    # Computed once, and not again for every batch entry and head in the loop of their product.
-    cosines, sines = jax.lax.optimization_barrier((jnp.cos(angles), jnp.sin(angles)))
+    num_tokens, _, features = tokens.shape[-3:]
+    cosines: Array | np.ndarray
+    sines: Array | np.ndarray
+    is_static = isinstance(first_position, int) and isinstance(num_tokens, int)
+    if is_static and num_tokens * features <= MAX_CONSTANT:
+        dtype = accumulation_dtype(tokens.dtype)
+        cosines, sines = _compute_tables(first_position, num_tokens, features, dtype, tokens.ndim)
+    else:
+        positions = first_position + jnp.arange(num_tokens)
+        angles = compute_angles(positions, features, tokens.dtype)[:, None]
+        angles = expand_rank(angles, tokens.ndim)
+        cosines, sines = jnp.cos(angles), jnp.sin(angles)
     first, second = jnp.split(tokens, 2, axis=-1)
     rotated = first * cosines - second * sines, first * sines + second * cosines
     return jnp.concatenate(rotated, axis=-1).astype(tokens.dtype)
+
+
+@functools.cache
+def _compute_tables(
+    first_position: int, num_tokens: int, features: int, dtype: np.dtype, ndim: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the cosines and sines of angles, [..., T, 1, features / 2] with `ndim` axes.
+
+    XLA on CPU fuses a cosine with the product that reads it, and so computes it again for every
+    batch entry and head. It reads a constant instead. The cache returns the same arrays for all
+    layers, so that a program has them once.
+    """
+    positions = np.arange(first_position, first_position + num_tokens, dtype=np.float64)
+    frequencies = BASE ** (-2 / features * np.arange(features // 2))
+    angles = np.multiply.outer(positions, frequencies)
+    shape = (1,) * (ndim - 3) + (num_tokens, 1, features // 2)
+    return (
+        np.cos(angles).astype(dtype).reshape(shape),
+        np.sin(angles).astype(dtype).reshape(shape),
+    )
 
 
 def compute_sinusoids(positions: Array, features: int, dtype: DTypeLike = jnp.float32) -> Array:

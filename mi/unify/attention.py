@@ -181,12 +181,11 @@ def _compute_scores(
     kv_heads = module.kv_heads or heads
     A_q, c_q = _get_head_map(params['query'], heads, heads)
     A_k, c_k = _get_head_map(params['key'], kv_heads, heads)
-    query_positions, key_positions = _get_positions(x, z)
 
     # With rotary positions, the streams are the rotated queries and keys.
     if module.positions == 'rotary':
-        queries = rotate(_map_affine('...tn,nhd->...thd', x, A_q, c_q), query_positions)
-        keys = rotate(_map_affine('...sm,mhd->...shd', z, A_k, c_k), key_positions)
+        queries = rotate(_map_affine('...tn,nhd->...thd', x, A_q, c_q), z.shape[-2] - x.shape[-2])
+        keys = rotate(_map_affine('...sm,mhd->...shd', z, A_k, c_k), 0)
         head_features = c_q.shape[-1]
         product = Product(
             name='scores',
@@ -205,6 +204,7 @@ def _compute_scores(
     query_map = _TokenMap(QUERY_IS, x[..., :, None, :], A_q, c_q + u)
     products = [_make_score_product('scores', key_map, query_map)]
     if module.positions == 'relative':
+        query_positions, key_positions = _get_positions(x, z)
         r = compute_sinusoids(query_positions[:, None] - key_positions[None], x.shape[-1])
         R = _split_heads(params['R'], kv_heads, heads)
         distance_map = _TokenMap(DISTANCE_IS, r, R, no_bias)

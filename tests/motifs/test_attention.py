@@ -581,9 +581,12 @@ def test_the_softmax_has_the_derivative_of_jax_and_none_where_all_is_masked(mode
 
 def test_a_rotation_computes_sines_once_per_position():
     """And not for every batch entry and head, in the loop of the product with the tokens."""
-    tokens, positions = jnp.ones((4, 8, 2, 6)), jnp.arange(8)
-    program = jax.jit(rotate).lower(tokens, positions).compile().as_text()
-    parts = [part for part in program.split('\n\n') if re.search(r' (co)?sine\(', part)]
-    assert parts
-    for part in parts:
-        assert part.startswith('ENTRY') or 'f32[4,8,2' not in part
+    tokens = jnp.asarray(random(0, 4, 8, 2, 6))
+    program = jax.jit(rotate, static_argnums=1).lower(tokens, 3).compile().as_text()
+    assert not re.search(r' (co)?sine\(', program)  # they are constants
+    expected = jax.jit(rotate)(tokens, jnp.asarray(3))
+    np.testing.assert_allclose(rotate(tokens, 3), expected, rtol=1e-5, atol=1e-6)
+
+    # All layers share the constants.
+    twice = jax.jit(lambda t: rotate(rotate(t, 0), 0)).lower(tokens).as_text()
+    assert len(re.findall(r'constant dense<(\[|")', twice)) == 2
