@@ -201,10 +201,13 @@ def test_a_latent_that_is_ignored_has_the_scores_of_its_prediction():
 
 
 def test_the_bound_of_an_evaluation_is_below_the_likelihood_and_above_the_elbo():
-    """With many samples from the prior as the reference, for a decoder that uses z."""
-    changes = {'model.paths': 'latent', 'problem.samples': 400, 'model.min_std': 0.9}
+    """With many samples from the prior as the reference, for a decoder that uses z.
+
+    The posterior is far enough from the prior, KL > 2, that the weights of the samples matter.
+    """
+    changes = {'model.paths': 'latent', 'problem.samples': 2000, 'model.min_std': 0.9}
     problem = make_problem(**changes)
-    params = jax.tree.map(lambda leaf: 0.6 * leaf, init_random(problem))
+    params = init_random(problem)
     functions = make_functions(6)
     score = jax.jit(problem.score)
     bound = score(params, functions, prng.key(0), 3).log_likelihood
@@ -221,8 +224,10 @@ def test_the_bound_of_an_evaluation_is_below_the_likelihood_and_above_the_elbo()
         return combine(jax.jit(jax.vmap(evaluate))(keys))
 
     exact = average(prior, likelihood.compute_iw_bound) / 5
-    elbo = (average(posterior, lambda a: a.mean(0)) - likelihood.compute_kl(posterior, prior)) / 5
-    np.testing.assert_allclose(bound, exact, atol=0.1)
+    divergence = likelihood.compute_kl(posterior, prior)
+    assert divergence.max() > 2
+    elbo = (average(posterior, lambda a: a.mean(0)) - divergence) / 5
+    np.testing.assert_allclose(bound, exact, atol=0.2)
     assert (elbo < bound - 0.01).all()
 
 
