@@ -281,6 +281,13 @@ def make_config(set_name: str, size_name: str, side: str) -> ml_collections.Conf
 
 def mi_step(config: ml_collections.ConfigDict, vocabulary: int) -> Callable[[], object]:
     """Return a function that runs an update of `mi.lm.trainer` for one seed."""
+    return compile_step(config, vocabulary)[1]
+
+
+def compile_step(
+    config: ml_collections.ConfigDict, vocabulary: int
+) -> tuple[jax.stages.Compiled, Callable[[], object]]:
+    """Return the compiled update of `mi.lm.trainer` for one seed, and a function that runs it."""
     config = factory.match_size(config, vocabulary)
     num_steps, batch_size = config.train.length, config.train.batch
     config.train.steps = 1000
@@ -300,7 +307,7 @@ def mi_step(config: ml_collections.ConfigDict, vocabulary: int) -> Callable[[], 
         train_state, metrics = compiled(train_state, batch)
         jax.block_until_ready(metrics)
 
-    return step
+    return compiled, step
 
 
 def trainer_run(config: ml_collections.ConfigDict) -> Callable[[], object]:

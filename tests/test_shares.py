@@ -1,0 +1,58 @@
+"""The parts of a step to which `benchmarks.shares` counts the time of its instructions."""
+
+import collections
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks import shares
+from mi.estimate import hlo
+
+PROGRAM = """HloModule jit_update
+
+%fused_product (p: f32[2,3], q: f32[3,4]) -> f32[2,4] {
+  %p = f32[2,3] parameter(0)
+  %q = f32[3,4] parameter(1)
+  ROOT %dot.0 = f32[2,4] dot(%p, %q), metadata={op_name="jit(f)/LanguageModel/norm_1/dot_general"}
+}
+
+%fused_exp (p: f32[2,4]) -> f32[2,4] {
+  %p.1 = f32[2,4] parameter(0)
+  ROOT %exp.0 = f32[2,4] exponential(%p.1)
+}
+
+ENTRY %main (x: f32[2,3], W: f32[3,4]) -> f32[2,4] {
+  %x = f32[2,3] parameter(0)
+  %W = f32[3,4] parameter(1)
+  %product = f32[2,4] fusion(%x, %W), kind=kCustom, calls=%fused_product
+  %exp_fusion = f32[2,4] fusion(%product), calls=%fused_exp, metadata={op_name="jit(f)/LanguageModel/block_0/attention/exp"}
+  %loop = f32[2,4] while(%exp_fusion), condition=%c, body=%b, metadata={op_name="jit(f)/LanguageModel/while"}
+  %scale = f32[2,4] multiply(%loop, %loop), metadata={op_name="jit(f)/LanguageModel/norm_1/mul"}
+  %gate = f32[2,4] multiply(%scale, %scale), metadata={op_name="jit(f)/LanguageModel/feed_forward/mul"}
+  %sum = f32[2,4] add(%gate, %gate), metadata={op_name="jit(f)/LanguageModel/add"}
+  ROOT %adam = f32[2,4] add(%sum, %sum), metadata={op_name="jit(f)/mul"}
+}
+"""  # noqa: E501
+
+
+def test_every_instruction_counts_for_its_part():
+    """A product by itself, a loop not at all, and what has no module for the optimizer."""
+    names = ('product', 'exp_fusion', 'loop', 'scale', 'gate', 'sum', 'adam')
+    seconds = collections.Counter({name: 2.0**i for i, name in enumerate(names)})
+    seconds['of another program'] = 1000.0
+    assert shares.compute_shares(PROGRAM, seconds) == {
+        'optimizer': (64, 1),
+        'embedding, residual sums and loss': (32, 1),
+        'feed-forward without products': (16, 1),
+        'normalization': (8, 1),
+        'attention without products': (2, 1),
+        shares.PRODUCTS: (1, 1),
+    }
+
+
+def test_a_compiled_product_is_one():
+    compiled = jax.jit(lambda x: jnp.tanh(x @ x)).lower(jnp.ones((64, 64))).compile()
+    module = hlo.parse(compiled.as_text())
+    instructions = module.computations[module.entry].instructions.values()
+    parts = [shares.find_part(instruction, module) for instruction in instructions]
+    assert parts.count(shares.PRODUCTS) == 1
