@@ -187,6 +187,8 @@ def main(argv: Sequence[str]) -> None:
     print(f'{host.describe_machine()}, jax {jax.__version__}')
     flags = f'{os.environ.get("XLA_FLAGS", "")} --xla_cpu_multi_thread_eigen=false'
     environment = os.environ | {'XLA_FLAGS': flags, 'OMP_NUM_THREADS': '1'}
+    if hasattr(os, 'sched_setaffinity'):  # which some of XLA's products need beside the flag
+        os.sched_setaffinity(0, host.get_cores()[-1:])  # inherited by the processes
     figures = []
     for name in ONLY.value or STEPS:
         command = [sys.executable, '-m', 'benchmarks.shares', f'--side={name}']
