@@ -15,7 +15,6 @@ because the measured durations include this effect.
 import concurrent.futures
 import dataclasses
 import functools
-import json
 import queue
 import statistics
 import threading
@@ -399,14 +398,13 @@ def main(argv: Sequence[str]) -> None:
         for set_name in ONLY.value or SETS
         for num_actors in map(int, NUMBERS.value)
     ]
-    if JSON.value:
-        record = {
-            'machine': host.describe_machine(), 'jax': jax.__version__, 'updates': UPDATES.value,
-            'figures': figures,
-        }  # fmt: skip
-        with open(JSON.value, 'w') as json_file:
-            json.dump(record, json_file, indent=2)
-            json_file.write('\n')
+    options.write_json(
+        JSON.value,
+        machine=host.describe_machine(),
+        jax=jax.__version__,
+        updates=UPDATES.value,
+        figures=figures,
+    )
 
 
 if __name__ == '__main__':

@@ -19,7 +19,6 @@ fusion `mi` adds its own products.
 """
 
 import functools
-import json
 import re
 import statistics
 from collections import Counter
@@ -319,9 +318,7 @@ def main(argv: Sequence[str]) -> None:
             row['seconds'] = None if times is None else statistics.median(times)
         print_table(set_name, rows)
         figures += rows
-    if JSON.value:
-        with open(JSON.value, 'w') as json_file:
-            json.dump({'device': device.device_kind, 'figures': figures}, json_file, indent=2)
+    options.write_json(JSON.value, device=device.device_kind, figures=figures)
 
 
 if __name__ == '__main__':

@@ -425,10 +425,8 @@ def main(argv: Sequence[str]) -> None:
                 raise app.UsageError(f'--only={prefix}: expected one of {known_names}')
         prefixes = tuple(ONLY.value) or ('',)
         figures = race([i for i, name in enumerate(regime_names) if name.startswith(prefixes)])
-    if JSON.value:
-        record = {'machine': host.describe_machine(), 'jax': jax.__version__, 'figures': figures}
-        with open(JSON.value, 'w') as json_file:
-            json.dump(record, json_file, indent=2)
+    machine = host.describe_machine()
+    options.write_json(JSON.value, machine=machine, jax=jax.__version__, figures=figures)
 
 
 if __name__ == '__main__':

@@ -412,9 +412,8 @@ def main(argv: Sequence[str]) -> None:
     commands = {side: ['-m', 'benchmarks.nanogpt', f'--side={side}', *shared] for side in sides}
     results = rounds.race(commands, TURNS.value, json.loads)
     figures = print_table(results, recipe)
-    if JSON.value:
-        record = {'machine': host.describe_machine(), 'jax': jax.__version__, 'figures': figures}
-        pathlib.Path(JSON.value).write_text(json.dumps(record, indent=2))
+    machine = host.describe_machine()
+    options.write_json(JSON.value, machine=machine, jax=jax.__version__, figures=figures)
 
 
 if __name__ == '__main__':

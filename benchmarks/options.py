@@ -4,6 +4,9 @@ absl refuses a second definition of a flag in a process unless it may override t
 import several benchmarks into one process.
 """
 
+import json
+import pathlib
+
 from absl import flags
 
 
@@ -31,3 +34,9 @@ def define_json() -> flags.FlagHolder[str | None]:
     return flags.DEFINE_string(
         'json', None, 'JSON file to write the figures to.', allow_override=True
     )
+
+
+def write_json(file: str | None, **record: object) -> None:
+    """Write a record to the file of --json, if there is one."""
+    if file:
+        pathlib.Path(file).write_text(json.dumps(record, indent=2) + '\n')

@@ -18,7 +18,6 @@ to the peer.
 """
 
 import functools
-import json
 import operator
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -309,14 +308,13 @@ def main(argv: Sequence[str]) -> None:
             side: ['-m', 'benchmarks.rl', f'--side={set_name}/{side}'] for side in SETS[set_name]
         }
         figures += print_ratios(set_name, rounds.race(commands, ROUNDS.value))
-    if JSON.value:
-        record = {
-            'machine': host.describe_machine(),
-            'jax': jax.__version__,
-            'rounds': ROUNDS.value,
-        }
-        with open(JSON.value, 'w') as json_file:
-            json.dump(record | {'figures': figures}, json_file, indent=2)
+    options.write_json(
+        JSON.value,
+        machine=host.describe_machine(),
+        jax=jax.__version__,
+        rounds=ROUNDS.value,
+        figures=figures,
+    )
 
 
 if __name__ == '__main__':

@@ -1,4 +1,4 @@
-"""Where the time of a language model's training step goes on a CPU.
+"""Time of the parts of a language model's training step on a CPU.
 
     pip install -e '.[benchmark]' && python -m benchmarks.shares
 
@@ -184,7 +184,8 @@ def main(argv: Sequence[str]) -> None:
     if SIDE.value:
         print(json.dumps(measure(SIDE.value)))
         return
-    print(f'{host.describe_machine()}, jax {jax.__version__}')
+    machine = host.describe_machine()
+    print(f'{machine}, jax {jax.__version__}')
     flags = f'{os.environ.get("XLA_FLAGS", "")} --xla_cpu_multi_thread_eigen=false'
     environment = os.environ | {'XLA_FLAGS': flags, 'OMP_NUM_THREADS': '1'}
     if hasattr(os, 'sched_setaffinity'):  # which some of XLA's products need beside the flag
@@ -197,10 +198,7 @@ def main(argv: Sequence[str]) -> None:
         )
         figures.append(json.loads(done.stdout.splitlines()[-1]))
         print_table(figures[-1])
-    if JSON.value:
-        record = {'machine': host.describe_machine(), 'jax': jax.__version__, 'figures': figures}
-        with open(JSON.value, 'w') as json_file:
-            json.dump(record, json_file, indent=2)
+    options.write_json(JSON.value, machine=machine, jax=jax.__version__, figures=figures)
 
 
 if __name__ == '__main__':

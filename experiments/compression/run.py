@@ -56,6 +56,7 @@ COMPARED = (
     ('fine-tuned', 'full, trained on'),
 )
 """Arms whose values are subtracted seed by seed."""
+START_FILES = {'checkpoints', 'compressed.json'}  # of a run before its config.json
 MEASURES = {
     'lm': ('valid', ('bits_per_byte', 'nats_per_token')),
     'rl': ('eval', ('success', 'return')),
@@ -126,12 +127,19 @@ def _is_started(path: pathlib.Path, config: ml_collections.ConfigDict) -> bool:
     """Return whether a run exists, after removing what a killed command left of its start.
 
     Raises:
-      UserError: if the run has another config.
+      UserError: if the run has another config, or the directory has files of something else.
     """
     if (path / 'config.json').exists():
         record_config(path / 'config.json', config, flag='--out')
         return True
-    shutil.rmtree(path, ignore_errors=True)
+    if path.exists():
+        others = {entry.name for entry in path.iterdir()} - START_FILES
+        if others:
+            raise UserError(
+                f'{path}: expected a run or an empty directory, got {", ".join(sorted(others))}. '
+                f'Use another --out'
+            )
+        shutil.rmtree(path)
     return False
 
 

@@ -78,7 +78,7 @@ def rotate(tokens: Array, first_position: int | Array) -> Array:
     return jnp.concatenate(rotated, axis=-1).astype(tokens.dtype)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=64)
 def _compute_tables(
     first_position: int, num_tokens: int, features: int, dtype: np.dtype, ndim: int
 ) -> tuple[np.ndarray, np.ndarray]:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import subprocess
 import sys
 
@@ -113,13 +114,27 @@ def test_a_language_model_is_compressed_fine_tuned_and_trained_from_scratch(tmp_
     assert 'nan' not in (path / 'compression.md').read_text()
 
     # The same command continues; one with other settings is refused; a killed start is made again.
-    (tmp_path / 'out/full/config.json').unlink()
+    shutil.rmtree(tmp_path / 'out/full')
+    (tmp_path / 'out/full/checkpoints').mkdir(parents=True)
     again = compression.run(settings, [exact])
     assert again.keys() == values.keys() and again['compressed'] == values['compressed']
     with pytest.raises(compression.UserError, match=r'train\.steps .* Use another --out'):
         compression.run(settings._replace(steps=3), [exact])
     with pytest.raises(compression.UserError, match=r'--calibration=0, not 20\. Use another --out'):
         compression.run(settings._replace(calibration=20), [exact])
+
+
+def test_a_killed_start_is_removed_and_other_files_are_not(tmp_path):
+    config = lm_configs.get_config('tiny')
+    assert not compression._is_started(tmp_path / 'new', config)
+    (tmp_path / 'killed/checkpoints/00000000').mkdir(parents=True)
+    assert not compression._is_started(tmp_path / 'killed', config)
+    assert not (tmp_path / 'killed').exists()
+    (tmp_path / 'full').mkdir()
+    (tmp_path / 'full/thesis.tex').write_text('mine')
+    with pytest.raises(compression.UserError, match=r'got thesis\.tex\. Use another --out'):
+        compression._is_started(tmp_path / 'full', config)
+    assert (tmp_path / 'full/thesis.tex').exists()
 
 
 @pytest.mark.slow
