@@ -234,13 +234,14 @@ class Trainer:
             return _map_seeds(compute_gradient, params, carry, batch)
 
         # The optimizer sees whole arrays, so that any is right. The partitioner splits its work as
-        # the parameters are split.
+        # the parameters are split. Also a single seed is mapped by vmap: with a[0] and a[None], XLA
+        # computes the moments twice, and copies the donated state because of it.
         def update(
             state: TrainState, batch: Batch, *learning_rates: Array
         ) -> tuple[TrainState, Metrics]:
             gradient = compute_gradients(state.params, state.carry, batch)
             trainer = self._with_learning_rates(*learning_rates)
-            return _map_seeds(trainer.apply_gradient, state, gradient)
+            return jax.vmap(trainer.apply_gradient)(state, gradient)
 
         out_shardings = jax.tree.map(lambda a: a.sharding, state), sharding.metrics_sharding(mesh)
         jitted = jax.jit(update, donate_argnums=0, out_shardings=out_shardings)

@@ -1,6 +1,7 @@
 """Devices, accumulation and rematerialization change the cost of a step, not its result."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -50,6 +51,20 @@ def test_the_gradient_of_parts_is_that_of_the_batch(word, parts):
         trainer = Trainer(model, optimizer, batch_size=4, accumulation=accumulation)
         results.append(jax.jit(trainer.step)(state, Batch(tokens, None, seed, step)))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), *results)
+
+
+@pytest.mark.parametrize('word', ['tiny', 'core=transformer,tiny'])
+def test_the_optimizer_updates_its_donated_state_in_place(word):
+    config = lm.get_config(word).unlock()
+    config.seeds = (0,)
+    seeds, mesh = np.asarray(config.seeds, np.int32), sharding.make_mesh(1, config.train.batch)
+    optimizer = optim.make_optimizer(config.optim, config.train.steps)
+    trainer = Trainer(factory.build_model(config, 64), optimizer, config.train.batch)
+    state = trainer.shapes(seeds, mesh)
+    batch = trainer.batch_shapes(seeds, config.train.length, mesh)
+    text = trainer.compile(state, batch, mesh).as_text()
+    moments = re.findall(r'(copy\()?%state_opt_state\w*__[mn]u__', text)
+    assert len(moments) > 10 and not any(moments)
 
 
 def test_the_initial_state_is_traced_once(monkeypatch):
