@@ -68,13 +68,22 @@ def get_config(name: str) -> tuple[ml_collections.ConfigDict, int]:
     return lm.make_config('transformer', name, 'mi'), lm.SIZES['transformer'][name][0]
 
 
-def find_part(instruction: hlo.Instruction, module: hlo.Module) -> str:
-    """Return the part of the model that an instruction belongs to."""
+def find_part(
+    instruction: hlo.Instruction, computation: hlo.Computation, module: hlo.Module
+) -> str:
+    """Return the part of the model that an instruction of a computation belongs to.
+
+    XLA's own instructions, such as the halves of a reduction, have no operation of JAX. They belong
+    to the part of their first operand.
+    """
     called = [module.computations[name] for name in instruction.called('calls')]
     opcodes = [inner.opcode for part in called for inner in part.instructions.values()]
     if 'dot' in [instruction.opcode, *opcodes]:
         return PRODUCTS
-    operation = instruction.operation or ''
+    source: hlo.Instruction | None = instruction
+    while source is not None and not source.operation and source.operands:
+        source = computation.instructions.get(source.operands[0])
+    operation = (source and source.operation) or ''
     return next(part for part, pattern in PARTS.items() if re.search(pattern, operation))
 
 
@@ -98,7 +107,7 @@ def compute_shares(hlo_text: str, seconds: collections.Counter[str]) -> dict[str
     for computation in module.computations.values():
         for name, instruction in computation.instructions.items():
             if name in seconds and instruction.opcode not in CONTROL_FLOW:
-                part = find_part(instruction, module)
+                part = find_part(instruction, computation, module)
                 totals[part] += seconds[name]
                 counts[part] += 1
     return {part: Share(total, counts[part]) for part, total in totals.most_common()}

@@ -157,6 +157,20 @@ def test_unit_variance_at_initialization(name, context):
     assert 0.85 < np.mean(moments) < 1.15, (np.mean(moments), np.std(moments))
 
 
+@pytest.mark.parametrize('features', [1, 3])
+def test_attention_over_few_features_has_unit_variance(features):
+    """E[(k softmax(m)_1)²] is 1 for one feature and 1.44 for three, far from its limit e."""
+
+    def second_moment(seed):
+        keys = jax.random.split(prng.key(seed), 3)
+        x, z = (jax.random.normal(key, (40, 9)) for key in keys[:2])
+        module = make('attention', features)
+        return (module.init_with_output(keys[2], x, z)[0] ** 2).mean()
+
+    moments = jax.jit(jax.vmap(second_moment))(jnp.arange(1024))
+    assert 0.9 < moments.mean() < 1.1
+
+
 @pytest.mark.parametrize('context', ['dense', 'one_hot'])
 def test_a_gate_has_logits_of_unit_variance_for_either_kind_of_context(context):
     """The sigmoid hides it: its second moment hardly changes with them."""

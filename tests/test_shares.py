@@ -29,21 +29,25 @@ ENTRY %main (x: f32[2,3], W: f32[3,4]) -> f32[2,4] {
   %loop = f32[2,4] while(%exp_fusion), condition=%c, body=%b, metadata={op_name="jit(f)/LanguageModel/while"}
   %scale = f32[2,4] multiply(%loop, %loop), metadata={op_name="jit(f)/LanguageModel/norm_1/mul"}
   %gate = f32[2,4] multiply(%scale, %scale), metadata={op_name="jit(f)/LanguageModel/feed_forward/mul"}
-  %sum = f32[2,4] add(%gate, %gate), metadata={op_name="jit(f)/LanguageModel/add"}
+  %half = f32[2,4] reverse(%gate), dimensions={0}
+  %sum = f32[2,4] add(%gate, %half), metadata={op_name="jit(f)/LanguageModel/add"}
   ROOT %adam = f32[2,4] add(%sum, %sum), metadata={op_name="jit(f)/mul"}
 }
 """  # noqa: E501
 
 
 def test_every_instruction_counts_for_its_part():
-    """A product by itself, a loop not at all, and what has no module for the optimizer."""
-    names = ('product', 'exp_fusion', 'loop', 'scale', 'gate', 'sum', 'adam')
+    """A product by itself, a loop not at all, and what has no module for the optimizer.
+
+    What has no operation counts with its operand.
+    """
+    names = ('product', 'exp_fusion', 'loop', 'scale', 'gate', 'sum', 'adam', 'half')
     seconds = collections.Counter({name: 2.0**i for i, name in enumerate(names)})
     seconds['of another program'] = 1000.0
     assert shares.compute_shares(PROGRAM, seconds) == {
         'optimizer': (64, 1),
         'embedding, residual sums and loss': (32, 1),
-        'feed-forward without products': (16, 1),
+        'feed-forward without products': (16 + 128, 2),
         'normalization': (8, 1),
         'attention without products': (2, 1),
         shares.PRODUCTS: (1, 1),
@@ -53,6 +57,6 @@ def test_every_instruction_counts_for_its_part():
 def test_a_compiled_product_is_one():
     compiled = jax.jit(lambda x: jnp.tanh(x @ x)).lower(jnp.ones((64, 64))).compile()
     module = hlo.parse(compiled.as_text())
-    instructions = module.computations[module.entry].instructions.values()
-    parts = [shares.find_part(instruction, module) for instruction in instructions]
+    entry = module.computations[module.entry]
+    parts = [shares.find_part(each, entry, module) for each in entry.instructions.values()]
     assert parts.count(shares.PRODUCTS) == 1

@@ -170,11 +170,9 @@ class Attention(nn.Module):
             keys = rotate(keys, first_position)
         if cache and not self.is_initializing():
             keys, values = _append(cache, keys, values)
-        num_keys = keys.shape[-3]
+        num_keys = keys.shape[-2]
 
         # Weigh the keys that each query sees.
-        head_groups = kv_heads, self.heads // kv_heads
-        queries = queries.reshape(*x.shape[:-1], *head_groups, head_features)
         scores = self._compute_scores(queries, keys, last_position, input_size)
         scores = scores * head_features**-0.5
         distances = query_positions[:, None] - jnp.arange(num_keys)[None]
@@ -184,14 +182,14 @@ class Attention(nn.Module):
             visible &= _check_mask(mask, (*leading, num_queries, num_keys))
         has_dropout = self.dropout > 0 and not deterministic
         weights_dtype = scores.dtype if has_dropout else values.dtype
-        weights = masked_softmax(scores, visible[..., None, None, :, :], weights_dtype)
-        row_axis = 0 if weights.ndim > 4 else None
+        weights = masked_softmax(scores, visible[..., None, :, :], weights_dtype)
+        row_axis = 0 if weights.ndim > 3 else None
         weights = RowDropout(self.dropout, row_axis)(weights, deterministic=deterministic)
 
         # Mix the values and project the heads to the output.
-        mixture = einsum('...kgts,...skd->...tkgd', weights.astype(values.dtype), values)
-        mixture = mixture.astype(values.dtype)
-        mixture = mixture.reshape(*mixture.shape[:-3], self.heads * head_features)
+        mixture = _multiply_heads('...ts,...sd->...td', weights.astype(values.dtype), values)
+        mixture = mixture.astype(values.dtype).swapaxes(-3, -2)
+        mixture = mixture.reshape(*mixture.shape[:-2], self.heads * head_features)
         output = Affine(features, self.dtype, self.param_dtype, name='out')(mixture)
         return jnp.where(last_position < num_keys, output, jnp.nan) if decode else output
 
@@ -225,11 +223,12 @@ class Attention(nn.Module):
     def _project_tokens(
         self, x: Array, z: Array, kv_heads: int, head_features: int
     ) -> tuple[Array, Array, Array]:
-        """Return queries [..., T, H, d], and keys and values [..., S, kv_heads, d]."""
+        """Return queries [..., H, T, d], and keys and values [..., kv_heads, S, d]."""
 
         def project(tokens: Array, num_heads: int, name: str) -> Array:
             affine = Affine(num_heads * head_features, self.dtype, self.param_dtype, name=name)
-            return affine(tokens).reshape(*tokens.shape[:-1], num_heads, head_features)
+            heads = affine(tokens).reshape(*tokens.shape[:-1], num_heads, head_features)
+            return heads.swapaxes(-3, -2)
 
         queries = project(x, self.heads, 'query')
         keys, values = project(z, kv_heads, 'key'), project(z, kv_heads, 'value')
@@ -239,26 +238,26 @@ class Attention(nn.Module):
     def _compute_scores(
         self, queries: Array, keys: Array, last_position: int | Array, input_size: int
     ) -> Array:
-        """Return √d times the scores [..., kv_heads, group, T, S] in at least f32.
+        """Return √d times the scores [..., H, T, S] in at least f32.
 
         Args:
-          queries: [..., T, kv_heads, group, d].
-          keys: [..., S, kv_heads, d].
+          queries: [..., H, T, d].
+          keys: [..., kv_heads, S, d].
           last_position: position of the last query.
           input_size: number of features of a token.
         """
         if self.positions != 'relative':
-            return einsum('...tkgd,...skd->...kgts', queries, keys)
+            return _multiply_heads('...td,...sd->...ts', queries, keys)
 
         # The biases u and v of each head.
-        num_queries, kv_heads, group, head_features = queries.shape[-4:]
-        num_keys, dtype = keys.shape[-3], queries.dtype
-        bias_shape = self.heads, head_features
+        num_queries, head_features = queries.shape[-2:]
+        kv_heads, num_keys = keys.shape[-3:-1]
+        dtype, bias_shape = queries.dtype, (self.heads, head_features)
         u, v = (
             expand_rank(
                 self.param(bias_name, initializers.zeros, bias_shape, self.param_dtype)
                 .astype(dtype)
-                .reshape(kv_heads, group, head_features),
+                .reshape(self.heads, 1, head_features),
                 queries.ndim,
             )
             for bias_name in ('u', 'v')
@@ -272,10 +271,11 @@ class Attention(nn.Module):
         r = compute_sinusoids(distances, input_size, dtype).astype(dtype)
         distance_keys = linear(r, R.astype(dtype))
         distance_keys = distance_keys.reshape(num_distances, kv_heads, head_features)
+        distance_keys = expand_rank(distance_keys.swapaxes(0, 1), queries.ndim)
 
         # The scores of keys and of distances.
-        distance_scores = einsum('...tkgd,lkd->...kgtl', queries + v, distance_keys)
-        key_scores = einsum('...tkgd,...skd->...kgts', queries + u, keys)
+        distance_scores = _multiply_heads('...td,...ld->...tl', queries + v, distance_keys)
+        key_scores = _multiply_heads('...td,...sd->...ts', queries + u, keys)
         return key_scores + shift_relative(distance_scores, num_keys)
 
     def _get_cache(self, keys: Array, values: Array) -> dict[str, nn.Variable]:
@@ -291,7 +291,7 @@ class Attention(nn.Module):
             'filled': self.variable('cache', 'filled', jnp.zeros, (), jnp.int32),
         }
         cache_shape = cache['keys'].value.shape
-        if keys.shape[:-3] != cache_shape[:-3] or keys.shape[-3] > cache_shape[-3]:
+        if keys.shape[:-2] != cache_shape[:-2] or keys.shape[-2] > cache_shape[-2]:
             raise ValueError(
                 f'the cache {cache_shape} cannot hold keys {keys.shape}. Initialize it with '
                 'this batch and the full length'
@@ -307,9 +307,9 @@ def _append(cache: dict[str, nn.Variable], keys: Array, values: Array) -> tuple[
             buffer.value,
             update.astype(buffer.value.dtype),
             cache['filled'].value,
-            axis=update.ndim - 3,
+            axis=update.ndim - 2,
         )
-    cache['filled'].value += keys.shape[-3]
+    cache['filled'].value += keys.shape[-2]
     return cache['keys'].value.astype(keys.dtype), cache['values'].value.astype(values.dtype)
 
 
@@ -329,6 +329,25 @@ def _check_mask(mask: Array, shape: tuple[int, ...]) -> Array:
 def einsum(equation: str, *operands: Array) -> Array:
     """Compute an einsum that accumulates and returns at least f32."""
     return jnp.einsum(equation, *operands, preferred_element_type=accumulation_dtype(*operands))
+
+
+def _multiply_heads(equation: str, heads: Array, kv_heads: Array) -> Array:
+    """Multiply rows of each head with the rows of its key or value head.
+
+    Heads come before tokens, so that a product reads contiguous rows, and a key or value head
+    meets the tokens of all heads that share it in one product.
+
+    Args:
+      equation: einsum of the last two axes, as '...td,...sd->...ts'.
+      heads: [..., H, T, d] or [..., H, T, S].
+      kv_heads: [..., kv_heads, S, d], where H is a multiple of kv_heads.
+
+    Returns:
+      The products [..., H, T, S] or [..., H, T, d] in at least f32.
+    """
+    rows = heads.reshape(*heads.shape[:-3], kv_heads.shape[-3], -1, heads.shape[-1])
+    products = einsum(equation, rows, kv_heads)
+    return products.reshape(*products.shape[:-3], *heads.shape[-3:-1], products.shape[-1])
 
 
 class GatedCrossAttention(nn.Module):

@@ -54,14 +54,14 @@ def rotate(tokens: Array, first_position: int | Array) -> Array:
     neighbors. The two pairings differ by a permutation of the d entries.
 
     Args:
-      tokens: queries or keys, [..., T, heads, d], with an even d.
+      tokens: queries or keys, [..., T, d], with an even d.
       first_position: position of the first token. The others follow. An int makes the cosines and
         sines constants of the program.
 
     Returns:
-      The rotated tokens, [..., T, heads, d], in their dtype.
+      The rotated tokens, [..., T, d], in their dtype.
     """
-    num_tokens, _, features = tokens.shape[-3:]
+    num_tokens, features = tokens.shape[-2:]
     cosines: Array | np.ndarray
     sines: Array | np.ndarray
     is_static = isinstance(first_position, int) and isinstance(num_tokens, int)
@@ -70,8 +70,7 @@ def rotate(tokens: Array, first_position: int | Array) -> Array:
         cosines, sines = _compute_tables(first_position, num_tokens, features, dtype, tokens.ndim)
     else:
         positions = first_position + jnp.arange(num_tokens)
-        angles = compute_angles(positions, features, tokens.dtype)[:, None]
-        angles = expand_rank(angles, tokens.ndim)
+        angles = expand_rank(compute_angles(positions, features, tokens.dtype), tokens.ndim)
         cosines, sines = jnp.cos(angles), jnp.sin(angles)
     first, second = jnp.split(tokens, 2, axis=-1)
     rotated = first * cosines - second * sines, first * sines + second * cosines
@@ -82,7 +81,7 @@ def rotate(tokens: Array, first_position: int | Array) -> Array:
 def _compute_tables(
     first_position: int, num_tokens: int, features: int, dtype: np.dtype, ndim: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the cosines and sines of angles, [..., T, 1, features / 2] with `ndim` axes.
+    """Return the cosines and sines of angles, [..., T, features / 2] with `ndim` axes.
 
     XLA on CPU fuses a cosine with the product that reads it, and so computes it again for every
     batch entry and head. It reads a constant instead. The cache returns the same arrays for all
@@ -91,7 +90,7 @@ def _compute_tables(
     positions = np.arange(first_position, first_position + num_tokens, dtype=np.float64)
     frequencies = BASE ** (-2 / features * np.arange(features // 2))
     angles = np.multiply.outer(positions, frequencies)
-    shape = (1,) * (ndim - 3) + (num_tokens, 1, features // 2)
+    shape = (1,) * (ndim - 2) + (num_tokens, features // 2)
     return (
         np.cos(angles).astype(dtype).reshape(shape),
         np.sin(angles).astype(dtype).reshape(shape),

@@ -184,15 +184,16 @@ def _compute_scores(
 
     # With rotary positions, the streams are the rotated queries and keys.
     if module.positions == 'rotary':
-        queries = rotate(_map_affine('...tn,nhd->...thd', x, A_q, c_q), z.shape[-2] - x.shape[-2])
-        keys = rotate(_map_affine('...sm,mhd->...shd', z, A_k, c_k), 0)
+        first_position = z.shape[-2] - x.shape[-2]
+        queries = rotate(_map_affine('...tn,nhd->...htd', x, A_q, c_q[:, None]), first_position)
+        keys = rotate(_map_affine('...sm,mhd->...hsd', z, A_k, c_k[:, None]), 0)
         head_features = c_q.shape[-1]
         product = Product(
             name='scores',
             x_is='the key of a head, rotated by its position',
             z_is='the query of that head, rotated by its position',
-            x=jnp.moveaxis(keys, -2, -3)[..., None, :, :],
-            z=jnp.moveaxis(queries, -2, -3)[..., :, None, :],
+            x=keys[..., None, :, :],
+            z=queries[..., :, None, :],
             W=make_inner(head_features) / head_features**0.5,
         )
         return [product], product()[..., 0]

@@ -91,11 +91,11 @@ def test_float64_is_computed_in_float64(name):
 
 def test_positions_of_float64_are_float64():
     with jax.enable_x64(True):
-        a = jnp.ones((1001, 1, 2), jnp.float64)
+        a = jnp.ones((1001, 2), jnp.float64)
         angle = jnp.float64(1000)
         expected = jnp.array([jnp.cos(angle) - jnp.sin(angle), jnp.sin(angle) + jnp.cos(angle)])
         for first_position in (0, jnp.asarray(0)):
-            turned = attention.rotate(a, first_position)[1000, 0]
+            turned = attention.rotate(a, first_position)[1000]
             assert float(jnp.abs(turned - expected).max()) < 1e-10
         waves = attention.compute_sinusoids(jnp.array([12345]), 4, jnp.float64)[0]
         angles = jnp.array([12345.0, 123.45])
