@@ -17,7 +17,7 @@ from absl import app, flags, logging
 from mi import overrides
 from mi.config import UserError, format_error
 from mi.training import sharding
-from mi.training.host import keep_freed_memory, set_xla_flags
+from mi.training.host import collect_garbage_rarely, keep_freed_memory, set_xla_flags
 from mi.training.io import storage_failure
 from mi.training.run_config import has_run, read_config
 from mi.training.run_dir import parse_steps
@@ -102,6 +102,7 @@ def main(argv: Sequence[str], config_overrides: Sequence[overrides.Override] = (
 
     # Configure the process, then run.
     keep_freed_memory()
+    collect_garbage_rarely()
     set_xla_flags()
     sharding.initialize(flag_values.distributed)
     try:

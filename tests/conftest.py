@@ -62,6 +62,7 @@ def printed_on_devices(count: int, module: str, *arguments: str) -> Any:
 def pytest_collection_finish() -> None:
     """Keep the garbage collector from visiting modules and collected tests again and again."""
     gc.freeze()
+    host.collect_garbage_rarely()
 
 
 @pytest.fixture(scope='session', autouse=True)
