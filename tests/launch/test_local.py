@@ -195,7 +195,7 @@ def test_a_failing_member_is_named_and_the_others_finish(tmp_path, texts):
 
 @pytest.mark.slow
 def test_a_stopped_sweep_saves_and_goes_on(tmp_path, texts):
-    rarely = {'train.steps': 4000, 'train.save_every': 1000, 'train.eval_every': 4000}
+    rarely = {'train.steps': 1500, 'train.save_every': 500, 'train.eval_every': 1500}
     overrides = [
         {'data.source': texts, 'model.site': site, 'train.log_every': 50} | rarely
         for site in ('none', 'both')
