@@ -1,6 +1,6 @@
 """Time and memory of a ten-line MI layer, compared with `mi.MultiplicativeInteraction`.
 
-    taskset -c 0 python -m benchmarks.appendix_b
+    pip install -e '.[train]' && taskset -c 0 python -m benchmarks.appendix_b
 
 In the ten lines, two linear maps of z generate W'(z) and b'(z), and W'(z) multiplies x. Both layers
 compute the same function of the same parameters in f32. See docs/appendix_b.md for the mapping. The
