@@ -39,7 +39,7 @@ ENTRY %main (x: f32[2,3], W: f32[3,4]) -> f32[2,4] {
 def test_every_instruction_counts_for_its_part():
     """A product by itself, a loop not at all, and what has no module for the optimizer.
 
-    What has no operation counts with its operand.
+    An instruction without an operation counts with its operand.
     """
     names = ('product', 'exp_fusion', 'loop', 'scale', 'gate', 'sum', 'adam', 'half')
     seconds = collections.Counter({name: 2.0**i for i, name in enumerate(names)})
@@ -58,5 +58,6 @@ def test_a_compiled_product_is_one():
     compiled = jax.jit(lambda x: jnp.tanh(x @ x)).lower(jnp.ones((64, 64))).compile()
     module = hlo.parse(compiled.as_text())
     entry = module.computations[module.entry]
-    parts = [shares.find_part(each, entry, module) for each in entry.instructions.values()]
+    instructions = entry.instructions.values()
+    parts = [shares.find_part(instruction, entry, module) for instruction in instructions]
     assert parts.count(shares.PRODUCTS) == 1

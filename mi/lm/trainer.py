@@ -234,8 +234,8 @@ class Trainer:
             return _map_seeds(compute_gradient, params, carry, batch)
 
         # The optimizer sees whole arrays, so that any is right. The partitioner splits its work as
-        # the parameters are split. Also a single seed is mapped by vmap: with a[0] and a[None], XLA
-        # computes the moments twice, and copies the donated state because of it.
+        # the parameters are split. vmap also maps a single seed: with a[0] and a[None], XLA would
+        # compute the moments twice and therefore copy the donated state.
         def update(
             state: TrainState, batch: Batch, *learning_rates: Array
         ) -> tuple[TrainState, Metrics]:

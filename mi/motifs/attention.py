@@ -227,8 +227,8 @@ class Attention(nn.Module):
 
         def project(tokens: Array, num_heads: int, name: str) -> Array:
             affine = Affine(num_heads * head_features, self.dtype, self.param_dtype, name=name)
-            heads = affine(tokens).reshape(*tokens.shape[:-1], num_heads, head_features)
-            return heads.swapaxes(-3, -2)
+            projected = affine(tokens).reshape(*tokens.shape[:-1], num_heads, head_features)
+            return projected.swapaxes(-3, -2)
 
         queries = project(x, self.heads, 'query')
         keys, values = project(z, kv_heads, 'key'), project(z, kv_heads, 'value')
@@ -331,7 +331,7 @@ def einsum(equation: str, *operands: Array) -> Array:
     return jnp.einsum(equation, *operands, preferred_element_type=accumulation_dtype(*operands))
 
 
-def _multiply_heads(equation: str, heads: Array, kv_heads: Array) -> Array:
+def _multiply_heads(equation: str, head_rows: Array, kv_rows: Array) -> Array:
     """Multiply rows of each head with the rows of its key or value head.
 
     Heads come before tokens, so that a product reads contiguous rows, and a key or value head
@@ -339,15 +339,17 @@ def _multiply_heads(equation: str, heads: Array, kv_heads: Array) -> Array:
 
     Args:
       equation: einsum of the last two axes, as '...td,...sd->...ts'.
-      heads: [..., H, T, d] or [..., H, T, S].
-      kv_heads: [..., kv_heads, S, d], where H is a multiple of kv_heads.
+      head_rows: [..., H, T, d] or [..., H, T, S].
+      kv_rows: [..., kv_heads, S, d], where H is a multiple of kv_heads.
 
     Returns:
       The products [..., H, T, S] or [..., H, T, d] in at least f32.
     """
-    rows = heads.reshape(*heads.shape[:-3], kv_heads.shape[-3], -1, heads.shape[-1])
-    products = einsum(equation, rows, kv_heads)
-    return products.reshape(*products.shape[:-3], *heads.shape[-3:-1], products.shape[-1])
+    *leading, num_heads, num_tokens, size = head_rows.shape
+    kv_heads = kv_rows.shape[-3]
+    grouped_rows = head_rows.reshape(*leading, kv_heads, num_heads // kv_heads * num_tokens, size)
+    products = einsum(equation, grouped_rows, kv_rows)
+    return products.reshape(*products.shape[:-3], num_heads, num_tokens, products.shape[-1])
 
 
 class GatedCrossAttention(nn.Module):

@@ -16,7 +16,11 @@ from mi.training import averaging, checkpoint, optim
 from tests.conftest import printed_on_devices
 from tests.lm.test_resume import restored
 
-OPTIMIZERS = ('optax.contrib:muon', 'optax.contrib:schedule_free_adamw')
+LEARNING_RATES = {
+    'optax:lion': 1e-2,
+    'optax.contrib:muon': 3e-2,
+    'optax.contrib:schedule_free_adamw': 3e-2,
+}
 
 
 def tiny(texts, **changes):
@@ -51,9 +55,9 @@ def assert_same_bits(path, other):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name', OPTIMIZERS)
+@pytest.mark.parametrize('name', LEARNING_RATES)
 def test_an_optimizer_of_optax_learns_and_continues_to_the_same_bits(name, tmp_path, texts):
-    settings = {'optim.name': name, 'optim.learning_rate': 3e-2}
+    settings = {'optim.name': name, 'optim.learning_rate': LEARNING_RATES[name]}
     config = tiny(texts, **settings, **{'optim.schedule': 'constant', 'train.log_every': 1})
     train.train(config, str(tmp_path / 'whole'))
     train_in_two_parts(config, tmp_path / 'cut')
@@ -68,7 +72,7 @@ def test_an_optimizer_of_optax_learns_and_continues_to_the_same_bits(name, tmp_p
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('settings', [{'name': 'optax.contrib:muon'}, {'ema': 0.5}])
+@pytest.mark.parametrize('settings', [*({'name': name} for name in LEARNING_RATES), {'ema': 0.5}])
 def test_the_state_of_an_optimizer_is_divided_by_fsdp(settings, texts):
     """Two devices that share the parameters learn what one does, and divide its large arrays."""
     changes = {'name': 'adam', 'learning_rate': 0.01, **settings}

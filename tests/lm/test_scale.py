@@ -53,9 +53,9 @@ def test_the_gradient_of_parts_is_that_of_the_batch(word, parts):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), *results)
 
 
-@pytest.mark.parametrize('word', ['tiny', 'core=transformer,tiny'])
-def test_the_optimizer_updates_its_donated_state_in_place(word):
-    config = lm.get_config(word).unlock()
+@pytest.mark.parametrize('preset', ['tiny', 'core=transformer,tiny'])
+def test_the_optimizer_updates_its_donated_state_in_place(preset):
+    config = lm.get_config(preset).unlock()
     config.seeds = (0,)
     seeds, mesh = np.asarray(config.seeds, np.int32), sharding.make_mesh(1, config.train.batch)
     optimizer = optim.make_optimizer(config.optim, config.train.steps)

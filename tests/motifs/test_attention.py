@@ -261,6 +261,12 @@ def test_a_query_without_keys_gives_the_bias_and_no_nan():
     np.testing.assert_array_equal(gradients[1][0, 1], 0)
 
 
+@pytest.mark.parametrize('positions', ['rotary', 'relative'])
+def test_an_empty_batch_gives_an_empty_output(positions):
+    module = Attention(HEADS, kv_heads=2, causal=True, positions=positions)
+    assert module.apply(parameters(module, X), X[:0]).shape == (0, T, N)
+
+
 def test_leading_axes_broadcast():
     module = Attention(HEADS, positions='relative')
     x, z = random(7, 3, 1, T, N), random(8, B, S, M)
