@@ -66,7 +66,7 @@ class ConvolutionalSelfAttention(nn.Module):
         x, V, b = nn.dtypes.promote_dtype(x, V, b, dtype=self.dtype)
         mixture = einsum('hjc,...rcn->...hrjn', column_weights.astype(x.dtype), x).astype(x.dtype)
         mixture = einsum('hir,...hrjn->...ijhn', row_weights.astype(x.dtype), mixture)
-        mixture = mixture.astype(x.dtype).reshape(*x.shape[:-1], -1)
+        mixture = mixture.astype(x.dtype).reshape(*x.shape[:-1], self.heads * input_size)
         return add_bias(linear(mixture, V.reshape(-1, self.features)), b)
 
 

@@ -286,7 +286,8 @@ def _map_affine(x: Array, W: Array, b: Array) -> Array:
 
 def _join_chunks(chunks: Array, num_weights: int) -> Array:
     """Concatenate [..., chunks, chunk] to [..., num_weights], truncating the last chunk."""
-    return chunks.reshape(*chunks.shape[:-2], -1)[..., :num_weights]
+    *leading, num_chunks, chunk_size = chunks.shape
+    return chunks.reshape(*leading, num_chunks * chunk_size)[..., :num_weights]
 
 
 def _count_chunks(num_weights: int, chunk: int | None) -> int:
