@@ -59,6 +59,11 @@ def printed_on_devices(count: int, module: str, *arguments: str) -> Any:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Start with the installations, which are the longest tests: others can run beside them."""
+    items.sort(key=lambda item: 'test_package' not in item.nodeid)
+
+
 def pytest_collection_finish() -> None:
     """Keep the garbage collector from visiting modules and collected tests again and again."""
     gc.freeze()
