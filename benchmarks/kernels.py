@@ -1,6 +1,6 @@
 """Kernels and memory use of training steps on a GPU, compared with plain Flax code.
 
-    pip install -e '.[benchmark]' && python -m benchmarks.kernels --gpu_topology=h100:1
+    pip install -e '.[cuda,benchmark]' && python -m benchmarks.kernels --gpu_topology=h100:1
     python -m benchmarks.kernels                     # on the GPU of this machine, with times
 
     lstm          embedding → LSTM → affine H → E → affine E → V. The peer is `nn.OptimizedLSTMCell`
