@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
+from mi import rows
 from mi.motifs.attention import (
     Attention,
     GatedCrossAttention,
@@ -360,6 +361,16 @@ def test_dropout_drops_whole_weights_and_scales_the_rest():
     dropped = np.abs(ratio) < 1e-3
     assert 16 < dropped.sum() < 48
     close(some, np.where(dropped[:, None], 0.0, 2 * kept), 1e-4)
+
+
+def test_rows_alone_drop_the_weights_that_they_drop_in_the_batch():
+    module = Attention(HEADS, dropout=0.5)
+    x, z = random(9, 4, T, N), random(10, 4, S, M)
+    variables = parameters(module, x, z)
+    whole = run(module, variables, x, z, deterministic=False, rngs={'dropout': KEY})
+    with rows.select_rows(jnp.array([2, 3])):
+        part = module.apply(variables, x[2:], z[2:], deterministic=False, rngs={'dropout': KEY})
+    close(part, whole[2:], 1e-5)
 
 
 def test_gated_cross_attention_is_the_input_at_the_start_and_its_gate_can_learn():
