@@ -398,13 +398,7 @@ def main(argv: Sequence[str]) -> None:
         for set_name in ONLY.value or SETS
         for num_actors in map(int, NUMBERS.value)
     ]
-    options.write_json(
-        JSON.value,
-        machine=host.describe_machine(),
-        jax=jax.__version__,
-        updates=UPDATES.value,
-        figures=figures,
-    )
+    options.write_json(JSON.value, updates=UPDATES.value, figures=figures)
 
 
 if __name__ == '__main__':

@@ -425,8 +425,7 @@ def main(argv: Sequence[str]) -> None:
                 raise app.UsageError(f'--only={prefix}: expected one of {known_names}')
         prefixes = tuple(ONLY.value) or ('',)
         figures = race([i for i, name in enumerate(regime_names) if name.startswith(prefixes)])
-    machine = host.describe_machine()
-    options.write_json(JSON.value, machine=machine, jax=jax.__version__, figures=figures)
+    options.write_json(JSON.value, figures=figures)
 
 
 if __name__ == '__main__':

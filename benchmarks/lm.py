@@ -413,14 +413,7 @@ def main(argv: Sequence[str]) -> None:
             print(f'\n{set_name}, {size_name} {sizes}')
             for figure in print_ratios(seconds, tokens_per_step=sizes[-1] * sizes[-2]):
                 figures.append({'set': set_name, 'size': size_name, **figure})
-    options.write_json(
-        JSON.value,
-        machine=host.describe_machine(),
-        jax=jax.__version__,
-        rounds=ROUNDS.value,
-        cpu_time=CPU_TIME.value,
-        figures=figures,
-    )
+    options.write_json(JSON.value, rounds=ROUNDS.value, cpu_time=CPU_TIME.value, figures=figures)
 
 
 if __name__ == '__main__':

@@ -412,8 +412,7 @@ def main(argv: Sequence[str]) -> None:
     commands = {side: ['-m', 'benchmarks.nanogpt', f'--side={side}', *shared] for side in sides}
     results = rounds.race(commands, TURNS.value, json.loads)
     figures = print_table(results, recipe)
-    machine = host.describe_machine()
-    options.write_json(JSON.value, machine=machine, jax=jax.__version__, figures=figures)
+    options.write_json(JSON.value, figures=figures)
 
 
 if __name__ == '__main__':

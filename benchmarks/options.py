@@ -7,7 +7,10 @@ import several benchmarks into one process.
 import json
 import pathlib
 
+import jax
 from absl import flags
+
+from mi.training import host
 
 
 def define_rounds() -> flags.FlagHolder[int]:
@@ -37,6 +40,7 @@ def define_json() -> flags.FlagHolder[str | None]:
 
 
 def write_json(file: str | None, **record: object) -> None:
-    """Write a record to the file of --json, if there is one."""
+    """Write a record, and the machine and version of JAX, to the file of --json, if any."""
     if file:
+        record = {'machine': host.describe_machine(), 'jax': jax.__version__} | record
         pathlib.Path(file).write_text(json.dumps(record, indent=2) + '\n')

@@ -308,13 +308,7 @@ def main(argv: Sequence[str]) -> None:
             side: ['-m', 'benchmarks.rl', f'--side={set_name}/{side}'] for side in SETS[set_name]
         }
         figures += print_ratios(set_name, rounds.race(commands, ROUNDS.value))
-    options.write_json(
-        JSON.value,
-        machine=host.describe_machine(),
-        jax=jax.__version__,
-        rounds=ROUNDS.value,
-        figures=figures,
-    )
+    options.write_json(JSON.value, rounds=ROUNDS.value, figures=figures)
 
 
 if __name__ == '__main__':

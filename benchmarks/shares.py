@@ -207,7 +207,7 @@ def main(argv: Sequence[str]) -> None:
         )
         figures.append(json.loads(done.stdout.splitlines()[-1]))
         print_table(figures[-1])
-    options.write_json(JSON.value, machine=machine, jax=jax.__version__, figures=figures)
+    options.write_json(JSON.value, machine=machine, figures=figures)
 
 
 if __name__ == '__main__':
