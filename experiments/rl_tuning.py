@@ -1,23 +1,22 @@
 """Sweep that tunes the learning rate and the entropy cost for experiments/rl_multitask.py.
 
 The values in configs/rl.py were tuned by hand for the arms mi and none, which favors these arms. In
-this sweep, every arm has the same nine points: three learning rates and three entropy costs, with
-the values of configs/rl.py in the middle. They are trained for a third of the steps, on two seeds
-that the comparison does not use. For each arm, the report chooses the point with the best mean
+this sweep, every arm has the same five points: the values of configs/rl.py, and each of the two
+halved and doubled. They are trained for 2.5 of the comparison's 6 million steps, on two seeds that
+the comparison does not use. For each arm, the report chooses the point with the best mean
 success in the last evaluation.
 
     python -m launch.local --sweep=experiments/rl_tuning.py --workdir=runs/rl_tuning --parallel=2
     MI_RL_TUNING=runs/rl_tuning/report/rl_tuning.json python -m launch.local \
         --sweep=experiments/rl_multitask.py --workdir=runs/rl_tuned --parallel=2
 
-The budget of each arm is 9 points × 2 seeds × 2 million steps, or 36 million steps. The comparison
-itself has 30 million steps for each arm.
+The budget of each arm is 5 points × 2 seeds × 2.5 million steps, or 25 million steps. The
+comparison itself has 30 million steps for each arm.
 
 The report also has rl_tuning.json, which the second command reads, and rl_tuning.md, with the mean
 success at every point.
 """
 
-import itertools
 import json
 import math
 import pathlib
@@ -38,13 +37,11 @@ BASELINE = None
 PROBLEMS = ('model.fusion.name',)
 NOTES = [
     'A label is the arm, the learning rate and the entropy cost.',
-    'Two seeds and a third of the steps of the comparison: enough to choose a point for an arm, '
-    'and not to rank the arms.',
+    'Two seeds and 2.5 of the 6 million steps of the comparison: enough to choose a point for an '
+    'arm, and not to rank the arms.',
 ]
 SEEDS = (10, 11)
-STEPS = 2_000_000
-LEARNING_RATES = (5e-4, 1e-3, 2e-3)
-ENTROPY_COSTS = (0.005, 0.01, 0.02)
+STEPS = 2_500_000
 
 
 class Point(NamedTuple):
@@ -54,7 +51,14 @@ class Point(NamedTuple):
     entropy_cost: float
 
 
-POINTS = [Point(*values) for values in itertools.product(LEARNING_RATES, ENTROPY_COSTS)]
+CENTER = Point(1e-3, 0.01)
+POINTS = [
+    CENTER,
+    CENTER._replace(learning_rate=5e-4),
+    CENTER._replace(learning_rate=2e-3),
+    CENTER._replace(entropy_cost=0.005),
+    CENTER._replace(entropy_cost=0.02),
+]
 
 
 def sweep() -> list[Overrides]:
@@ -125,7 +129,7 @@ def _to_overrides(point: Point) -> Overrides:
 def _tabulate(
     scores: Mapping[str, Mapping[Point, float]], choices: Mapping[str, Point | None]
 ) -> str:
-    """Tabulate the scores by arm, and list the choices at the edge of the grid."""
+    """Tabulate the scores by arm, and list the choices away from the center."""
     header = ['arm', *(f'{point.learning_rate:g}, {point.entropy_cost:g}' for point in POINTS)]
     table_rows = []
     for arm_label, points in scores.items():
@@ -136,16 +140,14 @@ def _tabulate(
         if chosen is not None:
             cells[POINTS.index(chosen)] += ' ←'
         table_rows.append([arm_label, *cells])
-    at_edge = [
-        arm_label
-        for arm_label, point in choices.items()
-        if point is not None and point != Point(LEARNING_RATES[1], ENTROPY_COSTS[1])
+    off_center = [
+        arm_label for arm_label, point in choices.items() if point is not None and point != CENTER
     ]
     return (
         f'Mean success of the last evaluation by learning rate and entropy cost; ← is chosen.\n\n'
         f'{tables.format_markdown(header, table_rows)}\n\n'
-        f'Chosen at an edge of the grid, beyond which a better value may be: '
-        f'{"; ".join(at_edge) or "none"}.\n'
+        f'Chosen away from the center, beyond which a better value may be: '
+        f'{"; ".join(off_center) or "none"}.\n'
     )
 
 

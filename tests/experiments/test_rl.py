@@ -180,7 +180,7 @@ def write_tuning(workdir, success):
         rl_tuning.name_member(arm, point): (arm, point)
         for arm, point in itertools.product(rl_multitask.ARMS, rl_tuning.POINTS)
     }
-    assert len(members) == len(names) == 8 * 9
+    assert len(members) == len(names) == 8 * 5
     for member in members:
         run = workdir / member.name
         run.mkdir()
@@ -200,7 +200,7 @@ def write_tuning(workdir, success):
 
 def test_every_arm_gets_the_best_of_the_same_points(tmp_path, monkeypatch):
     """Each arm is best elsewhere; one seed alone, or a diverged one, must not decide."""
-    best = dict(zip(rl_multitask.ARMS, rl_tuning.POINTS[1:], strict=True))
+    best = dict(zip(rl_multitask.ARMS, itertools.cycle(rl_tuning.POINTS[1:])))
 
     def success(arm, point):
         if point == rl_tuning.POINTS[0]:
@@ -209,7 +209,7 @@ def test_every_arm_gets_the_best_of_the_same_points(tmp_path, monkeypatch):
 
     file = write_tuning(tmp_path, success)
     tuning = json.loads(file.read_text())
-    assert tuning['seeds'] == [10, 11] and tuning['steps'] == [2_000_000]
+    assert tuning['seeds'] == [10, 11] and tuning['steps'] == [2_500_000]
     assert tuning['chosen']['film']['success'] == pytest.approx(0.56)
     table = (tmp_path / 'report/rl_tuning.md').read_text()
     assert table.count('←') == 8 + 1 and 'diverged' in table
