@@ -26,7 +26,7 @@ import chex
 import jax
 import ml_collections
 import numpy as np
-from absl import app, flags
+from absl import flags
 from chex import Array
 
 from benchmarks import options, pipeline
@@ -402,4 +402,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == '__main__':
-    app.run(main)
+    options.run(main)

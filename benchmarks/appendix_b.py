@@ -20,11 +20,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from absl import app
 from flax import linen as nn
 from jax import Array
 
 import mi
+from benchmarks import options
 from mi.training import host
 
 NUM_ROUNDS = 5
@@ -178,4 +178,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == '__main__':
-    app.run(main)
+    options.run(main)

@@ -19,9 +19,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import ml_collections
-from absl import app, flags
+from absl import flags
 
-from benchmarks import cluster, scaling, workloads
+from benchmarks import cluster, options, scaling, workloads
 from benchmarks.cluster import CHIPS, Work
 from benchmarks.scaling import Table
 from configs import lm_wikitext103, rl
@@ -355,4 +355,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == '__main__':
-    app.run(main)
+    options.run(main)

@@ -30,7 +30,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import optax
-from absl import app, flags
+from absl import flags
 from flax import linen as nn
 from jax import Array
 
@@ -322,4 +322,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == '__main__':
-    app.run(main)
+    options.run(main)

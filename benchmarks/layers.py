@@ -29,11 +29,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import flags
 
 from benchmarks import options
 from benchmarks.layer_sides import Arrays, Side, Tensor, jax_sides, torch_sides
 from benchmarks.regimes import REGIMES, Regime, random_regimes, relative_error
+from mi.config import UserError
 from mi.kernels import bilinear as kernels
 from mi.training import host
 
@@ -422,11 +423,11 @@ def main(argv: Sequence[str]) -> None:
         for prefix in ONLY.value:
             if not any(known.startswith(prefix) for known in regime_names):
                 known_names = ', '.join(regime_names)
-                raise app.UsageError(f'--only={prefix}: expected one of {known_names}')
+                raise UserError(f'--only={prefix}: expected one of {known_names}')
         prefixes = tuple(ONLY.value) or ('',)
         figures = race([i for i, name in enumerate(regime_names) if name.startswith(prefixes)])
     options.write_json(JSON.value, figures=figures)
 
 
 if __name__ == '__main__':
-    app.run(main)
+    options.run(main)

@@ -36,7 +36,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-from absl import app, flags
+from absl import flags
 from jax import Array
 
 from benchmarks import options, rounds
@@ -44,6 +44,7 @@ from configs import lm as configs
 from mi import cells
 from mi.cells import Carry
 from mi.cells import lstm as lstm_cell
+from mi.config import UserError
 from mi.fusion import FUSIONS, ONE_HOT
 from mi.kernels.linear import linear
 from mi.kernels.lstm import LSTMWeights, lstm_reference
@@ -391,7 +392,7 @@ def main(argv: Sequence[str]) -> None:
         rounds.serve(make_step(*SIDE.value.split('/')), read_clock=read_clock)
         return
     if CPU_TIME.value and (GPU or 'loop' in (ONLY.value or SIZES)):
-        raise app.UsageError(
+        raise UserError(
             '--cpu_time: expected a CPU, and --only=SETS without loop, whose ratio is of times'
         )
     if CPU_TIME.value:  # for the workers
@@ -417,4 +418,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == '__main__':
-    app.run(main)
+    options.run(main)

@@ -25,7 +25,6 @@ import math
 import operator
 import pathlib
 import statistics
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -34,7 +33,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-from absl import app, flags
+from absl import flags
 
 from benchmarks import options, rounds
 from configs import lm as configs
@@ -419,7 +418,4 @@ if __name__ == '__main__':
     # As in mi.main; must precede the first computation.
     host.keep_freed_memory()
     host.set_xla_flags()
-    try:
-        app.run(main)
-    except UserError as error:
-        sys.exit(f'error: {error}')
+    options.run(main)

@@ -1,4 +1,4 @@
-"""Flags that several benchmarks have; each benchmark defines those that it reads.
+"""What the command lines of several benchmarks share; each benchmark defines the flags it reads.
 
 absl refuses a second definition of a flag in a process unless it may override the first one. Tests
 import several benchmarks into one process.
@@ -6,11 +6,22 @@ import several benchmarks into one process.
 
 import json
 import pathlib
+import sys
+from collections.abc import Callable, Sequence
 
 import jax
-from absl import flags
+from absl import app, flags
 
+from mi.config import UserError
 from mi.training import host
+
+
+def run(main: Callable[[Sequence[str]], None]) -> None:
+    """Run the main function of a benchmark. A user error prints one line and exits with code 1."""
+    try:
+        app.run(main)
+    except UserError as error:
+        sys.exit(f'error: {error}')
 
 
 def define_rounds() -> flags.FlagHolder[int]:

@@ -13,9 +13,9 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from absl import app, flags
+from absl import flags
 
-from benchmarks import cluster, measurements, pipeline, workloads
+from benchmarks import cluster, measurements, options, pipeline, workloads
 from benchmarks.cluster import CHIPS, Chip, Job, Step
 from configs import lm_wikitext103
 from mi import counting
@@ -354,4 +354,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == '__main__':
-    app.run(main)
+    options.run(main)

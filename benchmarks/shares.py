@@ -29,7 +29,6 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-from absl import app
 
 from benchmarks import lm, nanogpt, options
 from mi.estimate import hlo, program
@@ -211,4 +210,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == '__main__':
-    app.run(main)
+    options.run(main)

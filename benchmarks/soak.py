@@ -18,9 +18,9 @@ import tempfile
 import time
 from collections.abc import Sequence
 
-from absl import app, flags
+from absl import flags
 
-from benchmarks import rl
+from benchmarks import options, rl
 from mi.training import host
 
 MINUTES = flags.DEFINE_integer('minutes', 10, 'Length of the test.', lower_bound=1)
@@ -105,4 +105,4 @@ def watch(process: subprocess.Popen[bytes], workdir: pathlib.Path) -> None:
 
 
 if __name__ == '__main__':
-    app.run(main)
+    options.run(main)

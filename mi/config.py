@@ -176,6 +176,22 @@ def check(config: 'ml_collections.ConfigDict', schema: Mapping[str, Rule]) -> No
             raise UserError(f'config.{config_key} = {values[config_key]!r}: expected {expected}')
 
 
+def check_intervals(config: 'ml_collections.ConfigDict') -> None:
+    """Check that every evaluation and every checkpoint comes with a record of the log.
+
+    Raises:
+      UserError: if `train.eval_every` or `train.save_every` is not a multiple of `train.log_every`.
+    """
+    log_every = config.train.log_every
+    for field in ('eval_every', 'save_every'):
+        interval = config.train[field]
+        if interval % log_every:
+            raise UserError(
+                f'config.train.{field} = {interval}: expected a multiple of config.train.log_every '
+                f'= {log_every}. Try {math.ceil(interval / log_every) * log_every}'
+            )
+
+
 def find_violation(rule: Rule, value: object) -> str:
     """Return a description of the values that a rule accepts, or '' if it accepts this value."""
     if isinstance(rule, type):

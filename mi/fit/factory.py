@@ -15,6 +15,7 @@ from mi.config import (
     Rule,
     UserError,
     check,
+    check_intervals,
     choice,
     flatten,
     integer,
@@ -97,15 +98,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
     check(config, schema | (SEARCH if config.task == 'search' else {}))
     optim.validate(config.optim, config.train.steps)
 
-    # Evaluations and checkpoints come with a record.
-    for interval_key in ('eval_every', 'save_every'):
-        interval = config.train[interval_key]
-        if interval % config.train.log_every:
-            raise UserError(
-                f'config.train.{interval_key} = {interval}: expected a multiple of '
-                f'config.train.log_every = {config.train.log_every}, the number of steps between '
-                f'records'
-            )
+    check_intervals(config)
 
     # A search sets widths, scales the updates, and compares the last evaluations.
     if config.task == 'search' and config.model.parameters:

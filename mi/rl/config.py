@@ -15,6 +15,7 @@ from mi.config import (
     UserError,
     any_value,
     check,
+    check_intervals,
     choice,
     integer,
     mesh_shape,
@@ -125,13 +126,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
     if error := explain_source(model.source, model.sites):
         raise UserError(f'config.model.source = {model.source!r}: {error}')
 
-    # Evaluations and checkpoints come with a record.
-    for field in ('eval_every', 'save_every'):
-        if training[field] % training.log_every:
-            raise UserError(
-                f'config.train.{field} = {training[field]}: expected a multiple of '
-                f'config.train.log_every = {training.log_every}, the number of updates per record'
-            )
+    check_intervals(config)
 
     # Actors: one seed, and batches of whole trajectories.
     if training.topology == 'fused':
