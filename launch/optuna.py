@@ -32,7 +32,15 @@ from launch import local, records, search_space, state, sweep, sweep_file
 from launch.members import Member, Overrides, make_command
 from launch.search_space import Choice, Distribution, Integer, Space, Uniform
 from launch.supervision import supervise
-from mi.config import UserError, format_error, suggest, suggest_install
+from mi.config import (
+    UserError,
+    describe_difference,
+    find_added,
+    flatten,
+    format_error,
+    suggest,
+    suggest_install,
+)
 from mi.registry import import_object, is_reference
 from mi.training.io import write_json
 from mi.training.run_metric import MetricAppender
@@ -126,11 +134,11 @@ def read_objective(run_dir: pathlib.Path, metric: str, split: str) -> float:
     """Return the last metric of a run, averaged over seeds. NaN if a seed has none or diverged."""
     file = run_dir / 'metrics.jsonl'
     rows = records.read_records(file, records.METRICS, tail=records.WHOLE_FILE)
-    finals = {
-        row.get('seed'): row.get(metric)
-        for row in MetricAppender(metric, {split}).append(rows)
-        if row['split'] == split and metric in row
-    }
+    finals: dict[Any, Any] = {}  # seed → its last value, or None
+    for row in MetricAppender(metric, {split}).append(rows):
+        if row['split'] == split:
+            seed = row.get('seed')
+            finals[seed] = row.get(metric, finals.get(seed))
     values = [math.nan if value is None else float(value) for value in finals.values()]
     return sum(values) / len(values) if values else math.nan
 
@@ -286,12 +294,19 @@ def describe_search(file: str, workdir: pathlib.Path, module: types.ModuleType) 
     if (workdir / 'sweep.json').exists():
         sweep_file = state.read_sweep_file(workdir, {'name': str, 'members': list})
         comparable = json.loads(json.dumps(description))
-        for key in ('engine', 'config', 'base', 'metric', 'split', 'lower_is_better', 'space'):
+        for key in ('engine', 'config', 'metric', 'split', 'lower_is_better', 'space'):
             if sweep_file.get(key) != comparable[key]:
                 raise UserError(
                     f'--workdir={workdir} holds a different sweep or search: its {key} differs '
                     f'from that in {file}. Use another --workdir'
                 )
+        base = flatten(sweep_file.get('base', {}))
+        base |= find_added(base, comparable['base'])
+        if change := describe_difference(base, comparable['base']):
+            raise UserError(
+                f'--workdir={workdir} holds a search with a different config: {change}. Use '
+                f'another --workdir'
+            )
     return description
 
 

@@ -36,7 +36,7 @@ from launch.search_space import log_uniform as log_uniform
 from launch.search_space import sample as sample
 from launch.search_space import uniform as uniform
 from launch.sweep_file import get_space, list_overrides, load_module, sweep_name
-from mi.config import UserError, describe_difference, flatten, suggest
+from mi.config import UserError, describe_difference, find_added, flatten, suggest
 from mi.overrides import parse as parse_arguments
 from mi.registry import is_reference
 from mi.training.io import write_json
@@ -245,7 +245,8 @@ def _refuse_changes(
             changes.setdefault('removed from the sweep', []).append(name)
             continue
         # Keys that the config did not have then do not count as changes.
-        last_base = new_base | flatten(last_sweep.get('base', new_sweep['base']))
+        last_base = flatten(last_sweep.get('base', new_base))
+        last_base |= find_added(last_base, new_base)
         change = describe_difference(last_base | member['overrides'], new_base | new_members[name])
         if change:
             changes.setdefault(change, []).append(name)

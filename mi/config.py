@@ -126,6 +126,35 @@ def flatten(config: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
     return leaves
 
 
+def is_option_group(name: str) -> bool:
+    """Return whether a section is a group of options, such as `options` or `core_options`."""
+    return name == 'options' or name.endswith('_options')
+
+
+def is_option(config_key: str) -> bool:
+    """Return whether a key is in a group of options, such as 'env.options.sticky'.
+
+    Unlike other keys, an option is in a config only if it is set. Where it is missing, it has its
+    default, even if other configs have the key.
+    """
+    return any(map(is_option_group, config_key.split('.')[:-1]))
+
+
+def find_added(
+    old_config: Mapping[str, object], new_config: Mapping[str, object]
+) -> dict[str, object]:
+    """Return the new values of keys that only the new config has, because the code got them since.
+
+    Options are not among them: a config that lacks an option has its default.
+    """
+    old_leaves, new_leaves = flatten(old_config), flatten(new_config)
+    return {
+        config_key: value
+        for config_key, value in new_leaves.items()
+        if config_key not in old_leaves and not is_option(config_key)
+    }
+
+
 def describe_difference(
     old_config: Mapping[str, object], new_config: Mapping[str, object], max_keys: int = 8
 ) -> str:

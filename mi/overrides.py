@@ -20,7 +20,15 @@ from typing import NamedTuple
 import ml_collections
 from absl import flags
 
-from mi.config import EXPECTED, UserError, flatten, format_error, suggest
+from mi.config import (
+    EXPECTED,
+    UserError,
+    flatten,
+    format_error,
+    is_option,
+    is_option_group,
+    suggest,
+)
 
 CONFIGS = pathlib.Path(__file__).parents[1] / 'configs'
 FLAG = re.compile(r'--?(?P<no>no)?config\.(?P<key>[^=]*)(?:=(?P<text>.*))?', re.DOTALL)
@@ -118,7 +126,7 @@ def apply(config: ml_collections.ConfigDict, overrides: Sequence[Override]) -> N
     for override in overrides:
         key, text = override
         section, field_name = _find_field(config, override)
-        if _is_group(field_name):
+        if is_option_group(field_name):
             section[field_name] = _parse_group(key, text)
             continue
         value_type = section.get_type(field_name) if field_name in section else type(None)
@@ -153,10 +161,11 @@ def _find_field(
         if not isinstance(section.get(section_name), ml_collections.ConfigDict):
             raise UserError(_describe_unknown_key(config, key))
         section = section[section_name]
-    if _is_group(field_name) or (section_names and _is_group(section_names[-1])):
-        return section, field_name
-    if field_name not in section:
+    is_known = field_name in section or is_option(key)
+    if not is_known:
         raise UserError(_describe_unknown_key(config, key))
+    if is_option_group(field_name) or is_option(key):
+        return section, field_name
 
     # A section has no value; suggest one of its keys.
     if isinstance(section[field_name], ml_collections.ConfigDict):
@@ -167,11 +176,6 @@ def _find_field(
             f'{", ".join(keys)}. Try --{example}={text or "VALUE"}'
         )
     return section, field_name
-
-
-def _is_group(field_name: str) -> bool:
-    """Return whether a section is a group of options, such as `options` or `core_options`."""
-    return field_name == 'options' or field_name.endswith('_options')
 
 
 def _parse_group(key: str, text: str | None) -> ml_collections.ConfigDict:
@@ -262,7 +266,8 @@ def find_file(path: str, folders: Collection[str]) -> str:
         relative to the current directory, the project's copy is returned, if there is one.
     """
     project_path = pathlib.Path(__file__).parents[1] / path
-    is_in_project = pathlib.Path(path).parts[0] in folders and project_path.is_file()
+    is_in_project = pathlib.Path(path).parts[:1] in {(name,) for name in folders}
+    is_in_project = is_in_project and project_path.is_file()
     return str(project_path) if is_in_project and not pathlib.Path(path).is_file() else path
 
 

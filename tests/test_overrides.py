@@ -110,6 +110,8 @@ def test_members_of_a_sweep_and_the_table_of_costs_read_flags_in_the_same_way(fi
         ('--config.hidden=1', 'unknown; did you mean config.model.hidden?'),
         ('--config.model.hiden', 'config.model.hiden is unknown; did you mean config.model.hidden'),
         ('--config.model.hidden.x.y=1', 'config.model.hidden is a value and has no keys'),
+        ('--config.nosuch_options={}', 'config.nosuch_options is unknown; the keys of config are'),
+        ('--config.options={}', 'config.options is unknown'),
         ('--config.=1', 'config. is unknown; the keys of config are'),
         ('--config.model.=1', 'config.model. is unknown'),
         ('--config.seeds[0]=1', 'config.seeds[0] is unknown; did you mean config.seeds?'),
@@ -172,6 +174,8 @@ def test_a_file_that_is_none(tmp_path):
         ('none.py', 'no such file'),
         (tmp_path, 'a directory'),
         (tmp_path / 'config.json', 'not a Python file'),
+        ('.', 'a directory'),
+        (':quickstart', 'a directory'),
     ):
         with pytest.raises(UserError, match=f'--config={file}: {said}; expected FILE.py or FILE'):
             overrides.load(str(file))

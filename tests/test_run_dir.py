@@ -114,6 +114,31 @@ def test_a_run_is_evaluated_with_its_own_config_and_what_evaluation_may_change(t
     assert run_config.read_config(tmp_path).seeds == (0,)  # a tuple, as it was
 
 
+@pytest.mark.parametrize(
+    ('trained', 'requested'),
+    [({'act': 'silu'}, {}), ({}, {'act': 'silu'}), ({'act': 'silu'}, {'act': 'relu'})],
+)
+def test_an_option_that_only_one_config_has_is_a_difference(tmp_path, trained, requested):
+    """It has its default in the other one, which no newer code has added."""
+    trained_config = config(model={'width': 3, 'options': trained}, optim={'options': trained})
+    requested_config = config(model={'width': 3, 'options': requested}, optim={'options': {'a': 1}})
+    with run_dir.open_run(tmp_path, trained_config):
+        pass
+    with (
+        pytest.raises(UserError, match=r'model\.options\.act was .* and is .* now'),
+        run_dir.open_run(tmp_path, requested_config),
+    ):
+        pass
+    parts: Any = {'overridable': ['eval'], 'fixed': ['seeds', 'model']}
+    with pytest.raises(UserError, match=r'config\.model\.options\.act = .*: expected .*, as in'):
+        run_config.merge_eval_config(tmp_path, requested_config, **parts)
+
+    # Options that an evaluation does not read are those of the run.
+    requested_config.model.options = ml_collections.ConfigDict(trained)
+    merged = run_config.merge_eval_config(tmp_path, requested_config, **parts)
+    assert merged.optim.options.to_dict() == trained
+
+
 def test_signals_ask_once_and_handlers_come_back(tmp_path):
     before = signal.getsignal(signal.SIGTERM)
     with run_dir.open_run(tmp_path, config()) as run:

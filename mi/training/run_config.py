@@ -9,7 +9,7 @@ from typing import Any
 
 import ml_collections
 
-from mi.config import UserError, describe_difference, flatten
+from mi.config import UserError, describe_difference, find_added, flatten, is_option
 from mi.training.io import read_json, write_json
 
 ADDED: dict[str, Any] = {'data.tokenizer': '', 'optim.ema': 0.0}
@@ -22,7 +22,7 @@ def record_config(
     """Write config.json, or check that it agrees with the config of a resumed run.
 
     A key that is missing in config.json was added to the code since the run started. It is written
-    to config.json, with a warning.
+    to config.json, with a warning. An option that is missing there had its default.
 
     Args:
       file: path of config.json in the run directory.
@@ -40,11 +40,7 @@ def record_config(
     recorded_values, current_values = flatten(_read(file)), flatten(resolved_config)
     for config_values in (recorded_values, current_values):
         config_values.pop('tracker', None)  # it gets copies and does not change what is learned
-    added_values = {
-        config_key: current_values[config_key]
-        for config_key in current_values
-        if config_key not in recorded_values
-    }
+    added_values = find_added(recorded_values, current_values)
     difference = describe_difference(recorded_values, current_values)
     if describe_difference(recorded_values | added_values, current_values):
         raise UserError(
@@ -125,25 +121,43 @@ def merge_eval_config(
     def is_in_sections(config_key: str, sections: Sequence[str]) -> bool:
         return any(f'{config_key}.'.startswith(f'{section}.') for section in sections)
 
-    # Refuse another model than the checkpoint's.
-    for config_key in trained_values.keys() & requested_values.keys():
-        trained, requested = trained_values[config_key], requested_values[config_key]
-        if is_in_sections(config_key, fixed) and _to_plain(trained) != _to_plain(requested):
+    # Refuse another model than the checkpoint's. A missing option has its default.
+    for config_key in sorted(trained_values | requested_values):
+        if not is_in_sections(config_key, fixed):
+            continue
+        is_in_both = config_key in trained_values and config_key in requested_values
+        if not is_in_both and not is_option(config_key):
+            continue
+        trained, requested = trained_values.get(config_key), requested_values.get(config_key)
+        if not is_in_both or _to_plain(trained) != _to_plain(requested):
             raise UserError(
                 f'config.{config_key} = {requested!r}: expected {trained!r}, as in the training of '
                 f'{workdir}. Remove the option, or use the --workdir of another run'
             )
 
     # Take everything that evaluation may not change from the run.
-    fixed_values = {
-        config_key: value
-        for config_key, value in trained_values.items()
-        if config_key in requested_values and not is_in_sections(config_key, overridable)
-    }
     merged = config.copy_and_resolve_references()
-    with merged.ignore_type():
-        merged.update_from_flattened_dict(fixed_values)
+    with merged.unlocked(), merged.ignore_type():
+        for config_key in requested_values.keys() - trained_values.keys():
+            if is_option(config_key) and not is_in_sections(config_key, overridable):
+                section, field_name = _find_section(merged, config_key)
+                del section[field_name]
+        for config_key, value in trained_values.items():
+            is_known = config_key in requested_values or is_option(config_key)
+            if is_known and not is_in_sections(config_key, overridable):
+                section, field_name = _find_section(merged, config_key)
+                section[field_name] = value
     return merged.lock()
+
+
+def _find_section(
+    config: ml_collections.ConfigDict, config_key: str
+) -> tuple[ml_collections.ConfigDict, str]:
+    """Return the section of a key, and the name of its field there."""
+    *section_names, field_name = config_key.split('.')
+    for section_name in section_names:
+        config = config[section_name]
+    return config, field_name
 
 
 def _to_plain(value: object) -> object:

@@ -65,6 +65,20 @@ def finish_run(workdir, name, losses=None):
     (workdir / name / 'status.json').write_text('{"state": "done"}')
 
 
+def test_the_objective_is_of_all_seeds(tmp_path):
+    """A seed whose metric was never defined makes it NaN; an earlier value of the seed counts."""
+
+    def write(*rows):
+        text = ''.join(json.dumps({'step': 1, 'split': 'eval', **row}) + '\n' for row in rows)
+        (tmp_path / 'metrics.jsonl').write_text(text)
+        return search_launcher.read_objective(tmp_path, 'loss', 'eval')
+
+    assert write({'seed': 0, 'loss': 1.0}, {'seed': 1, 'loss': 3.0}) == 2.0
+    assert write({'seed': 0, 'loss': 1.0}, {'seed': 1, 'loss': 3.0}, {'seed': 1}) == 2.0
+    assert math.isnan(write({'seed': 0, 'loss': 1.0}, {'seed': 1}))
+    assert math.isnan(write({'seed': 0, 'loss': 1.0}, {'seed': 1, 'loss': None}))
+
+
 def run_trials(search, workdir, names=None):
     for name in names or search.names():
         search.prepare(name)
