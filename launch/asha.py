@@ -196,6 +196,7 @@ class Asha:
 
     def _mark_if_behind(self, arrival: Arrival, earlier: Sequence[Arrival]) -> None:
         reason = find_stop_reason(earlier, arrival, self._factor, self._lower_is_better)
-        if reason:
-            mark = self._workdir / arrival.name / STOP_MARK
-            write_json(mark, {'reason': f'asha: {reason}', 'step': arrival.rung})
+        run_dir = self._workdir / arrival.name
+        is_over = read_object(run_dir / 'status.json').get('state') == 'done'
+        if reason and run_dir.is_dir() and not is_over:
+            write_json(run_dir / STOP_MARK, {'reason': f'asha: {reason}', 'step': arrival.rung})

@@ -177,7 +177,8 @@ class Population:
         for member in self._members:
             curve = records.read_curve(self.run_dir(member), self._metric, self._split)
             if curve and last_saved_step(self.run_dir(member)):
-                fitness[member] = self._sign * curve[max(curve)]
+                value = curve[max(curve)]
+                fitness[member] = -math.inf if math.isnan(value) else self._sign * value
         return fitness
 
     def _next_name(self, member: str) -> str:

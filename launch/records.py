@@ -1,6 +1,8 @@
 """Readers for JSONL files, to which runs and launchers append records."""
 
+import collections
 import json
+import math
 import os
 import pathlib
 from collections.abc import Mapping
@@ -8,6 +10,7 @@ from typing import Any, NamedTuple
 
 from mi.training.io import complete_size
 from mi.training.run_metric import MetricAppender
+from mi.training.run_state import read_object
 
 TAIL = 2**16  # bytes at the end of a file that are read the first time
 WHOLE_FILE = 2**62  # as a tail: everything
@@ -65,6 +68,9 @@ class RecordReader:
 class CurveReader:
     """A reader for the learning curve of a run, step → metric averaged over seeds.
 
+    The average is NaN if the metric of a seed is not finite. The newest step is left out until all
+    seeds have their records, which a run writes one by one.
+
     Args:
       run_dir: the run directory.
       metric: name of the metric, or 'package.module:function'.
@@ -72,22 +78,42 @@ class CurveReader:
     """
 
     def __init__(self, run_dir: pathlib.Path, metric: str, split: str):
+        self._run_dir = run_dir
         self._records = RecordReader(run_dir / 'metrics.jsonl', METRICS, tail=WHOLE_FILE)
         self._metric, self._split = metric, split
         self._appender = MetricAppender(metric, {split})
+        self._num_seeds = 0  # unknown
+        self._num_records: collections.Counter[int] = collections.Counter()  # by step
         self._values: dict[int, list[float]] = {}
 
     def read(self) -> dict[int, float]:
         """Return the curve so far, reading only what was added since the last call."""
         new_records, is_replaced = self._records.read()
         if is_replaced:
-            self._values = {}
+            self._num_records, self._values = collections.Counter(), {}
             self._appender.clear()
         for record in self._appender.append(new_records):
-            value = record.get(self._metric)
-            if record['split'] == self._split and isinstance(value, NUMBER):
-                self._values.setdefault(record['step'], []).append(value)
-        return {step: sum(values) / len(values) for step, values in self._values.items()}
+            if record['split'] != self._split:
+                continue
+            self._num_records[record['step']] += 1
+            value = record.get(self._metric, '')
+            if value is None or isinstance(value, NUMBER):
+                values = self._values.setdefault(record['step'], [])
+                values.append(math.nan if value is None else value)
+
+        # The newest step may lack seeds.
+        complete = dict(self._values)
+        newest = max(self._num_records, default=0)
+        if self._num_records[newest] < self._count_seeds():
+            complete.pop(newest, None)
+        return {step: sum(values) / len(values) for step, values in complete.items()}
+
+    def _count_seeds(self) -> int:
+        """Return the number of seeds of the run, or 0 while it is unknown."""
+        if not self._num_seeds:
+            seeds = read_object(self._run_dir / 'config.json').get('seeds')
+            self._num_seeds = len(seeds) if isinstance(seeds, list) else 0
+        return self._num_seeds
 
 
 class FileStamp(NamedTuple):

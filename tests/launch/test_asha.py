@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import math
 import pathlib
 import subprocess
 import sys
@@ -106,6 +107,47 @@ def test_a_member_is_judged_by_its_value_at_the_rung_however_far_it_is(tmp_path)
     reason = json.loads((tmp_path / 'worse' / run_state.STOP_MARK).read_text())['reason']
     assert reason == 'asha: 2 at step 10 is place 2 of 2, and 1 stay'
     assert rule.summary() == 'asha: 2 members were compared, 1 of them stopped'
+
+
+def test_a_member_is_judged_by_all_of_its_seeds(tmp_path):
+    """A run writes one record for each seed, and the rule may look between two of them."""
+    sweep = {'metric': 'loss', 'curves': 'train', 'lower_is_better': True}
+    (tmp_path / 'sweep.json').write_text(json.dumps(sweep))
+    path = tmp_path / 'a'
+    path.mkdir()
+    (path / 'cost.json').write_text('{"steps": 100}')
+    (path / 'config.json').write_text('{"seeds": [5, 6]}')
+
+    def add(step, seed, loss):
+        with open(path / 'metrics.jsonl', 'a') as stream:
+            record = {'step': step, 'seed': seed, 'split': 'train', 'loss': loss}
+            stream.write(json.dumps(record) + '\n')
+
+    rule = asha.Asha(tmp_path, 10, 3)
+    add(10, 5, 3.0)
+    rule([path])
+    assert not (tmp_path / 'asha.jsonl').exists()
+    add(10, 6, -3.0)
+    rule([path])
+    assert json.loads((tmp_path / 'asha.jsonl').read_text())['value'] == 0.0
+    add(20, 5, None)  # it diverged
+    add(20, 6, 1.0)
+    assert math.isnan(records.read_curve(path, 'loss', 'train')[20])
+
+
+def test_a_member_that_is_done_or_gone_is_not_stopped(tmp_path):
+    sweep = {'metric': 'loss', 'curves': 'train', 'lower_is_better': True}
+    (tmp_path / 'sweep.json').write_text(json.dumps(sweep))
+    arrivals = [{'rung': 10, 'name': name, 'value': float(i)} for i, name in enumerate('abcd')]
+    text = ''.join(json.dumps(arrival) + '\n' for arrival in arrivals)
+    (tmp_path / 'asha.jsonl').write_text(text)
+    for name, phase in (('a', 'done'), ('b', 'running'), ('c', 'done')):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / 'status.json').write_text(json.dumps({'state': phase}))
+    rule = asha.Asha(tmp_path, 10, 3)
+    marked = [name for name in 'abcd' if (tmp_path / name / run_state.STOP_MARK).exists()]
+    assert marked == ['b']
+    assert rule.summary() == 'asha: 4 members were compared, 1 of them stopped'
 
 
 def test_only_what_was_added_to_a_curve_is_read(tmp_path, monkeypatch):
