@@ -15,7 +15,7 @@ from launch.engine import QUEUED, Resources, States, Submit
 from launch.members import Member
 from mi import report
 from mi.config import UserError
-from mi.training.run_dir import PREEMPTED
+from mi.training.run_state import PREEMPTED
 
 SWEEP = flags.DEFINE_string('sweep', None, 'Sweep file, such as experiments/quickstart.py.')
 WORKDIR = flags.DEFINE_string('workdir', None, 'Sweep directory, new or to be continued.')

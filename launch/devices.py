@@ -71,7 +71,7 @@ def describe_waste(config: ml_collections.ConfigDict, devices: Devices) -> str:
     if used_count == count:
         return ''
 
-    # Describe the idle devices, and a batch that all of them divide.
+    # Describe the idle devices, and what would use them.
     idle_count = count - used_count
     consequence = f'{idle_count} of {count} devices will be idle'
     if devices.processes > 1:
@@ -79,9 +79,16 @@ def describe_waste(config: ml_collections.ConfigDict, devices: Devices) -> str:
             f'each member will fail, because {idle_count} of {count} devices would be idle'
         )
     runs = '1 seed' if seeds == 1 else f'{seeds} seeds'
+    fsdp = shape[2]
+    if config.train.mesh:
+        advice = 'config.train.mesh = (), which uses as many devices as it can'
+    elif count % fsdp:
+        advice = f'config.train.fsdp = {math.gcd(count, fsdp)}'
+    else:
+        advice = f'config.train.batch = {-(-batch // count) * count}'
     return (
         f'{consequence}: config.train.batch = {batch} of {runs} divides over {used_count}. Try '
-        f'config.train.batch = {-(-batch // count) * count}'
+        f'{advice}'
     )
 
 

@@ -12,8 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from launch import restarts, state
-from mi.training.run_dir import PREEMPTED
-from mi.training.run_state import STOP_MARK, last_line, restart_refusal
+from mi.training.run_state import PREEMPTED, STOP_MARK, last_line, restart_refusal
 
 Commands = dict[pathlib.Path, list[str]]  # run directory → command
 QUEUED = 'queued'  # phase of a member that was submitted to a scheduler and is not waited for

@@ -37,8 +37,7 @@ from launch import restarts, state, tpu
 from launch.devices import Devices
 from launch.engine import QUEUED, Commands, Resources, States
 from mi.config import UserError
-from mi.training.run_dir import PREEMPTED
-from mi.training.run_state import read_run_state
+from mi.training.run_state import PREEMPTED, read_run_state
 
 IMAGE = flags.DEFINE_string(
     'image', None, 'Container image with the repository as working directory.'
@@ -130,9 +129,9 @@ def _make_pod(
     """Return the specification of a member's pods.
 
     Args:
-      path: the run directory.
+      run_dir: directory of the member.
       command: command of the member.
-      name: name of the JobSet.
+      jobset_name: name of the JobSet.
       resources: resources of each member.
       options: options of the pods.
     """
@@ -206,8 +205,14 @@ def make_manifests(
     """Return the JobSets of a sweep.
 
     Raises:
-      UserError: if an option is missing, or the sweep directory is not on the volume.
+      UserError: if an option is missing, the sweep directory is not on the volume, or the number of
+        simultaneous members is given.
     """
+    if resources.parallel:
+        raise UserError(
+            f'--parallel={resources.parallel}: expected 0, because Kubernetes schedules all '
+            f'JobSets. Try a quota of the namespace, or Kueue'
+        )
     if not options.image or not options.claim:
         raise UserError(
             '--image=IMAGE and --claim=NAME of a PersistentVolumeClaim are both required'

@@ -21,8 +21,7 @@ from typing import IO
 
 from launch import state
 from mi.training.lock import is_locked
-from mi.training.run_dir import PREEMPTED
-from mi.training.run_state import STOP_MARK, read_object, read_run_state
+from mi.training.run_state import PREEMPTED, STOP_MARK, read_object, read_run_state
 
 SAVE_TIMEOUT = 120.0  # seconds for the other processes to save and end after one was stopped
 DEATH_TIMEOUT = 10.0  # seconds for them to end after one died: without it they cannot save

@@ -25,7 +25,7 @@ from launch.engine import Commands, Resources, Rule, States
 from launch.supervision import TICK, SweepMembers, supervise
 from mi.config import UserError, suggest_install
 from mi.training.lock import is_locked
-from mi.training.run_dir import PREEMPTED
+from mi.training.run_state import PREEMPTED
 
 CANCEL_INTERVAL = 10.0  # seconds between two cancellations of a task
 
@@ -52,7 +52,8 @@ def submit(commands: Commands, resources: Resources, rule: Rule | None = None) -
     init_options: dict[str, Any] = {'address': ADDRESS.value}
     if not ADDRESS.value:
         init_options = {'address': 'local', 'include_dashboard': False}
-    env_vars = {'PYTHONPATH': os.getcwd(), 'PYTHONUNBUFFERED': '1'}
+    search_path = filter(None, [os.getcwd(), os.environ.get('PYTHONPATH')])
+    env_vars = {'PYTHONPATH': os.pathsep.join(search_path), 'PYTHONUNBUFFERED': '1'}
     try:
         ray.init(
             runtime_env={'env_vars': env_vars},

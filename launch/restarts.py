@@ -13,7 +13,6 @@ The decision is stored in the run directory, where `launch.status` and the next 
 module does not import JAX, so that it starts quickly on a node whose time is nearly up.
 """
 
-import json
 import os
 import pathlib
 import signal
@@ -23,9 +22,14 @@ from collections.abc import Sequence
 from types import FrameType
 from typing import Any
 
-from mi.training.run_state import RESTART_NOTE, read_object, restart_refusal, saved_progress
-
-PREEMPTED = 143  # as in mi.training.run_dir, which imports JAX
+from mi.training.io import write_json
+from mi.training.run_state import (
+    PREEMPTED,
+    RESTART_NOTE,
+    read_object,
+    restart_refusal,
+    saved_progress,
+)
 
 
 def note_stop(run_dir: pathlib.Path, process: int = 0) -> bool:
@@ -42,19 +46,18 @@ def note_stop(run_dir: pathlib.Path, process: int = 0) -> bool:
     step = max(0, progress.step)
     reason = '' if has_progressed else f'stopped twice at step {step}, without getting further'
     new_fields = {'saved': list(progress), 'reason': reason, 'at': list(progress)}
-    _write_note(run_dir, process, stop_note | new_fields)
+    write_json(run_dir / _note_name(process), stop_note | new_fields)
     return has_progressed
 
 
-def note_failure(run_dir: pathlib.Path, exit_code: int, process: int = 0) -> None:
-    """Store a failure, for launchers that are not running when it happens."""
-    stop_note = _read_note(run_dir, process)
+def note_failure(run_dir: pathlib.Path, reason: str, process: int = 0) -> None:
+    """Store a failure and its reason, for launchers that are not running when it happens."""
     new_fields = {
         'failures': count_failures(run_dir, process) + 1,
-        'reason': stop_note.get('reason') or f'exit code {exit_code}',
+        'reason': reason,
         'at': list(saved_progress(run_dir)),
     }
-    _write_note(run_dir, process, stop_note | new_fields)
+    write_json(run_dir / _note_name(process), _read_note(run_dir, process) | new_fields)
 
 
 def count_failures(run_dir: pathlib.Path, process: int = 0) -> int:
@@ -89,11 +92,12 @@ def run(run_dir: pathlib.Path, command: Sequence[str], process: int = 0) -> int:
 
     # Note how it ended.
     run_dir.mkdir(parents=True, exist_ok=True)
+    reason = f'exit code {exit_code}'
     if exit_code == PREEMPTED and not note_stop(run_dir, process):
-        print(f'{run_dir}: {restart_refusal(run_dir)}', file=sys.stderr)
-        exit_code = 1
+        exit_code, reason = 1, str(_read_note(run_dir, process)['reason'])
+        print(f'{run_dir}: {reason}', file=sys.stderr)
     if exit_code not in (0, PREEMPTED):
-        note_failure(run_dir, exit_code, process)
+        note_failure(run_dir, reason, process)
     return exit_code
 
 
@@ -103,13 +107,6 @@ def _note_name(process: int) -> str:
 
 def _read_note(run_dir: pathlib.Path, process: int) -> dict[str, Any]:
     return read_object(run_dir / _note_name(process))
-
-
-def _write_note(run_dir: pathlib.Path, process: int, note: dict[str, Any]) -> None:
-    """Write a note atomically."""
-    temporary = run_dir / f'.{_note_name(process)}.{os.getpid()}'
-    temporary.write_text(json.dumps(note) + '\n')
-    os.replace(temporary, run_dir / _note_name(process))
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -23,7 +23,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from absl import flags
 
@@ -32,7 +32,7 @@ from launch.devices import Devices
 from launch.engine import QUEUED, Commands, Resources, States
 from mi.config import UserError
 from mi.training.io import read_json, write_json
-from mi.training.run_dir import PREEMPTED
+from mi.training.run_state import PREEMPTED
 
 PARTITION = flags.DEFINE_string('partition', '', "Partition; '' for the default one.")
 TIME = flags.DEFINE_string(
@@ -50,6 +50,8 @@ SBATCH = flags.DEFINE_multi_string(
     'sbatch', [], 'Another option of sbatch, such as --sbatch=--account=me; may be repeated.'
 )
 WAIT = flags.DEFINE_bool('wait', False, 'Wait until no member is in the queue, then report.')
+
+POLL_SECONDS = 10  # between two looks at the queue
 
 # The batch script of one job. USR1 reaches only the script, when its time is nearly up. TERM also
 # reaches the processes, when Slurm requeues or cancels the job, and then Slurm decides what
@@ -235,8 +237,8 @@ def submit(commands: Commands, resources: Resources) -> States:
     # Wait for all members if asked to.
     if not WAIT.value:
         return dict.fromkeys(commands, QUEUED)
-    while read_queue() & set(job_ids.values()):
-        time.sleep(2)
+    while is_queued(set(job_ids.values())):
+        time.sleep(POLL_SECONDS)
     return {run_dir: state.read_member_state(run_dir).phase for run_dir in commands}
 
 
@@ -249,6 +251,15 @@ def find_devices(resources: Resources) -> Devices:
         if resources.processes > 1:
             return Devices(0, resources.processes)
     return Devices(resources.processes * devices_per_process, resources.processes)
+
+
+def is_queued(job_ids: Collection[str]) -> bool:
+    """Return whether a job is waiting or running, or whether Slurm did not answer."""
+    try:
+        return not read_queue().isdisjoint(job_ids)
+    except UserError as error:  # it often answers again later
+        print(f'warning: {error}', file=sys.stderr)
+        return True
 
 
 def read_queue() -> set[str]:

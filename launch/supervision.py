@@ -12,8 +12,7 @@ from typing import Protocol
 from launch import state
 from launch.engine import Attempts, Commands, Rule
 from launch.watch import Watch
-from mi.training.run_dir import PREEMPTED
-from mi.training.run_state import STOP_MARK, read_run_state
+from mi.training.run_state import PREEMPTED, STOP_MARK, read_run_state
 
 TICK = 0.2  # seconds between two polls of the members
 

@@ -35,11 +35,10 @@ from mi.training.host import describe_machine
 from mi.training.io import overwrite, replace_file, storage_failure, write_json
 from mi.training.lock import hold_lock
 from mi.training.run_config import record_config
+from mi.training.run_state import PREEMPTED
 
 Steps = tuple[int, int]  # first and last
 Result = TypeVar('Result')
-
-PREEMPTED = 143  # 128 + SIGTERM, the exit code that schedulers expect from a job they stopped
 
 
 class Run:

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from mi.training.lock import is_locked
 
+PREEMPTED = 143  # 128 + SIGTERM, the exit code that schedulers expect from a job they stopped
 STOP_MARK = 'stopped.json'  # why a rule of the sweep stopped the run
 RESTART_NOTE = 'stops.json'  # how far the run had got at its last stop, and why it is not restarted
 LOG_TAIL = 2**16  # bytes at the end of log.txt that are searched for its last line

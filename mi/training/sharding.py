@@ -155,8 +155,8 @@ def make_mesh(
     if num_used < len(devices) and len({device.process_index for device in devices}) > 1:
         raise ArgumentError(
             f'`batch_size` = {batch_size}: expected several processes to use all {len(devices)} '
-            f'devices, but with {num_seeds} seeds they use {num_used}. Try a multiple of '
-            f'{len(devices)}'
+            f'devices, but with {num_seeds} seeds and the mesh {shape} they use {num_used}. Try a '
+            f'multiple of {len(devices)}, and () for `shape`'
         )
     return jax.make_mesh(
         shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=tuple(devices)[:num_used]

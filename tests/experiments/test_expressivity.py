@@ -22,7 +22,7 @@ from mi.fit import (
     train,
 )
 from mi.report import runs
-from mi.training.run_dir import PREEMPTED
+from mi.training.run_state import PREEMPTED
 from tests import prng
 from tests.fit.runs import edited, finals, records
 

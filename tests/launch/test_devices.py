@@ -47,6 +47,18 @@ def test_devices_that_neither_seeds_nor_rows_reach_are_idle(batch, seeds, count,
         assert devices.describe_waste(config, Devices(count)) == ''  # what it says helps
 
 
+def test_the_remedy_fits_the_cause():
+    """A given mesh, or shares of the parameters that do not divide the devices, limit the batch."""
+    mesh = language(**{'train.batch': 32, 'train.mesh': (1, 2, 1)})
+    assert devices.describe_waste(mesh, Devices(8)).startswith('6 of 8 devices will be idle')
+    assert 'Try config.train.mesh = ()' in devices.describe_waste(mesh, Devices(8))
+    mesh.train.mesh = ()
+    assert devices.describe_waste(mesh, Devices(8)) == ''
+
+    shares = language(**{'train.batch': 30, 'train.fsdp': 3})
+    assert devices.describe_waste(shares, Devices(8)).endswith('Try config.train.fsdp = 1')
+
+
 def test_several_processes_refuse_what_leaves_one_of_them_idle():
     warning = devices.describe_waste(language(**{'train.batch': 6}), Devices(8, processes=2))
     assert warning.startswith('each member will fail, because 2 of 8 devices would be idle')

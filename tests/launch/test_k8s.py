@@ -179,6 +179,11 @@ def test_what_is_missing_is_named(options, message):
         k8s.make_manifests(COMMANDS, GPUS, dataclasses.replace(PODS, **options))
 
 
+def test_a_number_of_simultaneous_members_is_refused():
+    with pytest.raises(UserError, match='--parallel=2: expected 0, because Kubernetes'):
+        k8s.make_manifests(COMMANDS, dataclasses.replace(GPUS, parallel=2), PODS)
+
+
 @pytest.mark.slow
 def test_the_command_prints_a_document_for_each_member(tmp_path):
     (tmp_path / 'a_sweep.py').write_text(SWEEP)

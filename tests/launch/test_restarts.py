@@ -180,6 +180,19 @@ def test_a_pod_that_gets_no_further_has_failed(tmp_path):
     assert pod(path, 'exit 0') == 0 and pod(path, 'exit 3') == 3
 
 
+def test_the_reason_is_that_of_the_last_failure(tmp_path):
+    path = tmp_path / 'member'
+    assert pod(path, 'exit 3') == 3
+    assert pod(path, 'kill -KILL $$') == 137
+    assert state.read_member_state(path).reason == 'exit code 137'
+    save(path, 10)
+    assert pod(path, 'exit 143') == 143 and pod(path, 'exit 143') == 1
+    assert state.read_member_state(path).reason.startswith('stopped twice at step 10')
+    save(path, 20)
+    assert pod(path, 'kill -KILL $$') == 137
+    assert state.read_member_state(path).reason == 'exit code 137'
+
+
 def test_a_member_that_failed_gets_a_job_set_of_a_new_name(tmp_path):
     path = tmp_path / 'member'
     first = container(path)[0]
