@@ -74,6 +74,30 @@ def test_a_weight_decay_that_would_do_nothing_is_refused(name):
         optim.validate(config(name=name, weight_decay=0.1), 10)
 
 
+def test_a_registered_optimizer_may_read_every_key(monkeypatch):
+    monkeypatch.setitem(
+        optim.OPTIMIZERS,
+        'lamb',
+        lambda config, rate: optax.lamb(rate, weight_decay=config.weight_decay),
+    )
+    optim.validate(config(name='lamb', weight_decay=0.1), 10)
+
+
+def descend(momentum: float = 0.0, *, learning_rate) -> optax.GradientTransformation:
+    """Make SGD with the learning rate in another place than optax has it."""
+    return optax.sgd(learning_rate, momentum=momentum)
+
+
+def test_the_learning_rate_of_an_imported_optimizer_is_given_by_name():
+    section = config(name=f'{__name__}:descend', learning_rate=7.0, schedule='constant')
+    section.update({'warmup_steps': 0, 'clip_norm': 0.0})
+    optim.validate(section, 10)
+    optimizer = optim.make_optimizer(section, 10)
+    grads = {'w': jnp.array([2.0])}
+    moves, _ = optimizer.update(grads, optimizer.init(grads), grads)
+    assert float(moves['w'][0]) == -14.0
+
+
 @pytest.mark.parametrize(
     'key, bad, good',
     [

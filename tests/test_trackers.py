@@ -74,6 +74,18 @@ def test_a_tracker_that_is_not_installed_names_its_extra(monkeypatch):
     assert trackers.start_tracker('none', ROOT, {}) is None
 
 
+def test_a_tracker_that_did_not_start_has_no_records(tmp_path, monkeypatch):
+    def refuse(path, id, config, continued):
+        raise OSError('not logged in')
+
+    monkeypatch.setitem(trackers.TRACKERS, 'wandb', refuse)
+    with pytest.raises(OSError, match='not logged in'):
+        trackers.start_tracker('wandb', tmp_path, {})
+    monkeypatch.setitem(trackers.TRACKERS, 'wandb', lambda *arguments: arguments)
+    assert trackers.start_tracker('wandb', tmp_path, {})[3] is False
+    assert trackers.start_tracker('wandb', tmp_path, {})[3] is True
+
+
 def test_a_tracker_knows_whether_it_was_told_what_came_before(tmp_path, monkeypatch):
     started = []
 

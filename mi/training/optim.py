@@ -22,6 +22,8 @@ from mi.config import (
     UserError,
     any_value,
     choice,
+    format_error,
+    has_parameter,
     integer,
     name_config_keys,
     number,
@@ -61,7 +63,7 @@ A config file can add a constructor. Any other function of a learning rate can b
 'package.module:name', with its other arguments in `optim.options`.
 """
 
-WITH_DECAY = ('adamw',)
+WITHOUT_DECAY = ('adam', 'rmsprop', 'sgd')
 
 
 def _decay_by_root(peak: float, steps: int, warmup: int, final_scale: float) -> optax.Schedule:
@@ -91,7 +93,7 @@ def check_optimizer(value: object) -> str:
         constructor = import_object(value)
     except ValueError as error:
         return f'an optimizer; {error}'
-    if not callable(constructor) or 'learning_rate' not in _get_defaults(constructor):
+    if not callable(constructor) or not has_parameter(constructor, 'learning_rate'):
         return 'a function with an argument learning_rate, such as optax.lion'
     return ''
 
@@ -124,9 +126,10 @@ def get_config() -> ml_collections.ConfigDict:
     config.final_scale = 0.0  # share of the learning rate left at the last step: cosine and linear
     config.clip_norm = 1.0  # global norm of the gradient; 0 for no clipping
     config.weight_decay = 0.0  # decoupled, on matrices: adamw
+    # For these names alone; others have arguments of their own in `options`.
     config.b1 = 0.9  # first moment: adam, adamw; momentum: sgd, rmsprop
     config.b2 = 0.999  # second moment: adam, adamw; decay: rmsprop
-    config.eps = 1e-8
+    config.eps = 1e-8  # adam, adamw, rmsprop
     config.ema = 0.0  # decay per update of an average of the parameters, for evaluation; 0: none
     return config
 
@@ -142,16 +145,19 @@ def validate(config: ml_collections.ConfigDict, steps: int) -> None:
             f'config.optim.warmup_steps = {config.warmup_steps}: expected fewer than the {steps} '
             f'updates of the run. Try -1, which warms up for at most a quarter of the run'
         )
-    if config.weight_decay and config.name not in WITH_DECAY:
+    is_imported = config.name not in OPTIMIZERS
+    if config.weight_decay and (is_imported or config.name in WITHOUT_DECAY):
+        advice = "config.optim.name = 'adamw'"
+        if is_imported:
+            advice += ', or set weight_decay in config.optim.options'
         raise UserError(
             f'config.optim.weight_decay = {config.weight_decay}: expected 0, because '
-            f'config.optim.name = {config.name!r} does not use this key. Try config.optim.name = '
-            f"'adamw', or set weight_decay in config.optim.options"
+            f'config.optim.name = {config.name!r} does not use this key. Try {advice}'
         )
-    if config.name in OPTIMIZERS:
-        _check_options(config, {})
-    else:
+    if is_imported:
         _check_imported(config, steps)
+    else:
+        _check_options(config, {})
     if config.ema and averaging.is_schedule_free(get_state_shapes(config, steps)):
         raise UserError(
             f'config.optim.ema = {config.ema}: expected 0, because config.optim.name = '
@@ -181,7 +187,7 @@ def _check_imported(config: ml_collections.ConfigDict, steps: int) -> None:
         )
 
     # What the update needs beside gradients, state and parameters.
-    optimizer = constructor(schedule(config, steps), **options)
+    optimizer = constructor(learning_rate=schedule(config, steps), **options)
     needed = set(_list_required(optimizer.update)[2:]) - {'params'}
     if needed:
         raise UserError(
@@ -189,6 +195,14 @@ def _check_imported(config: ml_collections.ConfigDict, steps: int) -> None:
             f'parameters, but its update also needs {", ".join(sorted(needed))}. Try '
             f"'optax:lion' or 'optax.contrib:muon'"
         )
+    params = {'kernel': jnp.zeros((2, 2))}
+    try:
+        jax.eval_shape(lambda: optimizer.update(params, optimizer.init(params), params))
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f'config.optim.name = {name!r}: expected an optimizer that only needs gradients and '
+            f"parameters ({format_error(error)}). Try 'optax:lion' or 'optax.contrib:muon'"
+        ) from error
 
 
 def _check_options(config: ml_collections.ConfigDict, defaults: Options) -> None:
@@ -284,7 +298,7 @@ def _chain(
         transforms.append(OPTIMIZERS[config.name](config, learning_rate))
     else:
         options = get_options(config, 'options')
-        transforms.append(import_object(config.name)(learning_rate, **options))
+        transforms.append(import_object(config.name)(learning_rate=learning_rate, **options))
     optimizer = optax.chain(*transforms)
     return averaging.average_params(optimizer, config.ema) if config.ema else optimizer
 

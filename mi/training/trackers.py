@@ -9,7 +9,6 @@ TRACKIO_SPACE_ID names a Space.
 
 import importlib
 import importlib.util
-import json
 import os
 import pathlib
 import secrets
@@ -18,6 +17,7 @@ from typing import Protocol
 
 from mi.config import UserError, suggest, suggest_install
 from mi.registry import Registry, is_reference
+from mi.training.io import read_json, write_json
 
 PROJECT = 'mi'  # unless WANDB_PROJECT names another
 
@@ -110,7 +110,10 @@ def start_tracker(
     if make_tracker is None:
         return None
     id_file = path / 'tracker.json'
-    record = json.loads(id_file.read_text()) if id_file.exists() else {'id': secrets.token_hex(4)}
-    continued = id_file.exists() and record.get('name', tracker_name) == tracker_name
-    id_file.write_text(json.dumps({'id': record['id'], 'name': tracker_name}) + '\n')
-    return make_tracker(path.resolve(), record['id'], config, continued)
+    record = read_json(id_file, missing={})
+    continued = bool(record) and record.get('name', tracker_name) == tracker_name
+    tracker_id = record.get('id') or secrets.token_hex(4)
+    tracker = make_tracker(path.resolve(), tracker_id, config, continued)
+    # Write this last: a tracker that failed to start has not got any records.
+    write_json(id_file, {'id': tracker_id, 'name': tracker_name})
+    return tracker

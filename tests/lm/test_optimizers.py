@@ -142,6 +142,7 @@ def test_an_affine_function_of_all_copies_is_that_of_x():
     ('name', 'message'),
     [
         ('optax.contrib:momo', 'update also needs value'),
+        ('optax.contrib:sophia', r'only needs gradients and parameters \(obj_fn must be'),
         ('optax.contrib:dpsgd', 'expected values for l2_norm_clip and noise_multiplier and seed'),
         ('optax.contrib:schedule_free', 'expected values for base_optimizer'),
     ],
