@@ -20,6 +20,8 @@ fusion=NAME, site=NAME, source=NAME
 core=NAME          set config.model.core; core=transformer also sets sizes, which presets override
 """
 
+from collections.abc import Mapping
+
 import ml_collections
 
 from configs import arguments
@@ -174,14 +176,18 @@ def get_config(arg: str = 'default') -> ml_collections.ConfigDict:
     config.optim = optim.get_config()
     config.optim.learning_rate = 2e-3
 
-    set_values(config, argument)
-    config.update_from_flattened_dict(argument.merge(PRESETS))
+    apply_argument(config, argument, PRESETS)
     return config.lock()
 
 
-def set_values(config: ml_collections.ConfigDict, argument: arguments.Argument) -> None:
-    """Set the values in an argument, and the sizes of its core."""
+def apply_argument(
+    config: ml_collections.ConfigDict,
+    argument: arguments.Argument,
+    presets: Mapping[str, arguments.Settings],
+) -> None:
+    """Set the sizes of the core in an argument, then its presets, then its values."""
     config.update_from_flattened_dict(CORES.get(argument.values.get('model.core', ''), {}))
+    config.update_from_flattened_dict(argument.merge(presets))
     config.update_from_flattened_dict(argument.values)
 
 

@@ -81,8 +81,7 @@ def get_config(arg: str = 'awd') -> ml_collections.ConfigDict:
 
     # Their own settings: those of `awd`, overridden by what the argument names.
     config.update_from_flattened_dict(PRESETS['awd'])
-    config.update_from_flattened_dict(argument.merge(PRESETS))
-    lm.set_values(config, argument)
+    lm.apply_argument(config, argument, PRESETS)
     if 'smoke' in argument.presets:
         config.update_from_flattened_dict(SMOKE)
     return config.lock()

@@ -96,8 +96,7 @@ def get_config(arg: str = 'lstm') -> ml_collections.ConfigDict:
     config.train.eval_every = 4_000
     config.train.save_every = 4_000
     config.update_from_flattened_dict(PRESETS['lstm'])
-    config.update_from_flattened_dict(argument.merge(PRESETS))
-    lm.set_values(config, argument)
+    lm.apply_argument(config, argument, PRESETS)
     if 'smoke' in argument.presets:
         _shrink(config)
     return config.lock()

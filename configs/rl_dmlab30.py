@@ -26,7 +26,8 @@ trajectories, which are 60 rows, or 15 on each of 4 GPUs.
 
 The public code sums the loss over its batch of 32, whereas ours is a mean. With ε under the root,
 RMSProp makes the same steps for gradients 32 g and ε = 0.1 as for g and ε = 0.1 / 32², the value
-used here.
+used here, once it has forgotten its initial mean square. That is 1 in both cases, so our first
+thousand updates are smaller.
 
 default      10 billion frames, which are 2.5 billion steps of 4 frames
 smoke        a minute on a laptop, on Catch instead of the engine, to show that everything runs

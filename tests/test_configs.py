@@ -46,6 +46,15 @@ def test_a_preset_overrides_the_sizes_of_a_core_and_not_the_core():
     assert (config.model.core, config.model.layers, config.model.embed) == ('transformer', 4, 64)
 
 
+@pytest.mark.parametrize(
+    ('module', 'layers', 'rate'), [(lm_enwik8, 12, 2.5e-4), (lm_wikitext103, 16, 2.5e-4)]
+)
+def test_a_preset_has_its_sizes_whether_or_not_its_core_is_named(module, layers, rate):
+    for argument in ('transformer', 'core=transformer,transformer'):
+        config = module.get_config(argument)
+        assert (config.model.layers, config.optim.learning_rate) == (layers, rate)
+
+
 def test_a_value_overrides_that_of_a_preset():
     config = rl.get_config('env=xland/kinds,catch')
     assert (config.env.name, config.model.features) == ('xland/kinds', 64)
