@@ -66,6 +66,16 @@ def read_poem(path, splits, cache):
     return sources.split_by_lines(sources.open_text(pathlib.Path(path), cache))
 
 
+def read_string(path, splits, cache):
+    """Return the text itself instead of `Text`, which is an error."""
+    return {split: pathlib.Path(path).read_text() for split in splits}
+
+
+def read_train_alone(path, splits, cache):
+    """Leave out the splits for evaluation, which is an error."""
+    return {'train': [sources.open_text(pathlib.Path(path), cache)]}
+
+
 def test_a_fusion_and_a_cell_build_the_language_model():
     config = lm_configs.get_config('tiny').unlock()
     config.model.fusion.name, config.model.core = FUSION, f'{__name__}:Elman'
@@ -139,6 +149,9 @@ def test_a_corpus_of_one_s_own_is_read(tmp_path):
     assert texts['train'][0].array().tobytes().startswith(b'line 0')
     with pytest.raises(DataError, match='importable module'):
         sources.load_texts('no_such.module:read', '', ('train',), tmp_path)
+    for name in ('read_string', 'read_train_alone'):
+        with pytest.raises(DataError, match=rf'{name}.*lists of .*\.Text of train, test, by split'):
+            sources.load_texts(f'{__name__}:{name}', str(poem), ('train', 'test'), tmp_path)
 
 
 def test_the_sweep_of_the_example_is_read(tmp_path):
