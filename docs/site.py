@@ -85,6 +85,7 @@ PACKAGES = {
     'rl.envs.host': 'Environments on the host',
     'fit': 'Small problems',
     'estimate': 'Estimates',
+    'export': 'Export runs',
     'report': 'Report',
 }
 MOTIFS = {'forms': 'Forms of the equation', 'dynamic_conv': 'Dynamic convolution'}

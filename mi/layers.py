@@ -3,8 +3,9 @@
     f(x, z) = zᵀWx + zᵀU + Vx + b
 
 Shapes: input x [..., n], context z [..., m], output y [..., k]; W [m, n, k], U [m, k], V [n, k],
-b [k]. The leading axes of x and z broadcast. The equation and its forms are from Jayakumar et al.,
-Multiplicative Interactions and Where to Find Them, ICLR 2020.
+b [k]. The leading axes of x and z broadcast. The equation and its diagonal and scalar forms are
+from Jayakumar et al., Multiplicative Interactions and Where to Find Them, ICLR 2020. Their
+low-rank, block, Tucker and multi-head forms are recalled (docs/paper.md).
 
 The initialization is not from the paper. For unit-variance x, the *sum* of the terms has unit
 variance, as in a Dense layer with `lecun_normal` weights, and each term contributes an equal share.

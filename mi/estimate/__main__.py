@@ -4,7 +4,9 @@ import sys
 
 from mi.config import UserError
 from mi.estimate import cli
+from mi.training import host
 
+host.set_xla_flags()  # compile as the trainers do
 try:
     cli.main(sys.argv)
 except UserError as error:
