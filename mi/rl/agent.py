@@ -310,6 +310,12 @@ def explain_source(source: Source, sites: Collection[Site]) -> str:
             f"'core_input' (got sites {tuple(sites)}). Try sites = ('readout',), or source = "
             f"'inferred' for a context before the core"
         )
+    is_read = 'core_input' in sites or 'readout' in sites
+    if source != 'task' and not is_read and (source, *sites) != ('instruction', 'instruction'):
+        return (
+            f"no site reads this context: expected the site 'core_input' or 'readout' (got sites "
+            f"{tuple(sites)}). Try sites = ('core_input',), or source = 'task'"
+        )
     return ''
 
 

@@ -91,8 +91,7 @@ def save_or_stop(
 ) -> None:
     """Save a checkpoint, and end the run if a stop is requested.
 
-    The checkpoint precedes the evaluation, which may take long and be interrupted. A complete run
-    is not stopped.
+    The checkpoint precedes the evaluation, which may take long and be interrupted.
 
     Raises:
       UserError: if the learner's state is not finite.
@@ -100,6 +99,5 @@ def save_or_stop(
     logger.refuse_broken_state(run.config.seeds, run.step, learner.name_parts(snapshot.learner))
     meta = {'metrics': log.position(), 'env_steps': snapshot.env_steps}
     checkpoints.save(run.step, snapshot.state, meta | {'is_evaluated': not will_evaluate})
-    is_complete = run.step == count_updates(run.config)
-    if is_stopping and (will_evaluate or not is_complete):
+    if is_stopping:
         run.exit_preempted()

@@ -317,21 +317,25 @@ class Evaluation:
         self, config: ml_collections.ConfigDict, config_key: factory.EnvironmentKey = 'env.name'
     ):
         self._config = config
-        is_on_host = envs.is_on_host(factory.get_environment_name(config, config_key))
-        self._compiled = None if is_on_host else factory.make_environment(config, config_key)
-        batch_size = config.actors.batch
-        if is_on_host:
-            batch_size = config.eval.batch or factory.count_evaluation_rows(config, config_key)
-        pool = factory.make_pool(config, batch_size, config.seeds[0], config_key)
-        self._pool = Watched(pool, config.actors.timeout)
+        self._compiled: JaxEnvironment | None = None
+        self._pool: Watched | None = None
         self._policies: dict[tuple[Agent, bool], Policy] = {}  # each is compiled once
-        self.spec = self._pool.spec
+        if envs.is_on_host(factory.get_environment_name(config, config_key)):
+            batch_size = config.eval.batch or factory.count_evaluation_rows(config, config_key)
+            batch_key = 'config.eval.batch' if config.eval.batch else 'config.actors.batch'
+            pool = factory.make_pool(config, batch_size, config.seeds[0], config_key, batch_key)
+            self._pool = Watched(pool, config.actors.timeout)
+            self.spec = self._pool.spec
+        else:
+            self._compiled = factory.make_environment(config, config_key)
+            self.spec = self._compiled.spec
 
     def __enter__(self) -> 'Evaluation':
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._pool.close()
+        if self._pool is not None:
+            self._pool.close()
 
     def __call__(
         self,
@@ -346,7 +350,8 @@ class Evaluation:
         Args:
           agent, params: agent and parameters of the seed.
           step: number of updates so far.
-          seed: a seed of the run. Seed and step determine the episodes.
+          seed: a seed of the run. In a JAX environment, seed and step determine the episodes. On
+            the host they determine the actions; environments continue their random numbers.
           stops: function that returns whether to abort.
 
         Returns:
@@ -389,6 +394,7 @@ class Evaluation:
         self, policy: Policy, params: Params, rng_key: Array, stops: Callable[[], bool]
     ) -> Record:
         """Play episodes on the host, within the limits of the config."""
+        assert self._pool is not None
         config = self._config.eval
         limits = Limits(config.episodes, config.steps, config.seconds)
         self._pool.stops = stops

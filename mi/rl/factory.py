@@ -67,27 +67,35 @@ def make_pool(
     batch_size: int,
     seed: int,
     config_key: EnvironmentKey = 'env.name',
+    batch_key: str = 'config.actors.batch',
 ) -> HostEnvironment:
     """Make a batch of environments on the host from a config.
+
+    Args:
+      config: config of the run.
+      batch_size: number of environments.
+      seed: seed of the environments.
+      config_key: the config key that names the environment.
+      batch_key: the config key of `batch_size`, for error messages.
 
     Raises:
       UserError: if `envs.pool` raises an error.
     """
     env_name, options = get_environment_name(config, config_key), get_options(config.env, 'options')
-    with name_environment_keys(config_key):
+    with name_environment_keys(config_key, batch_key):
         return envs.pool(env_name, batch_size, seed, options)
 
 
-def read_spec(config: ml_collections.ConfigDict) -> Spec:
-    """Return the spec of the environment in a config, without its simulator where possible.
+def read_spec(config: ml_collections.ConfigDict, config_key: EnvironmentKey = 'env.name') -> Spec:
+    """Return the spec of an environment in a config, without its simulator where possible.
 
     Raises:
       UserError: if `envs.make` or `envs.host_spec` raises an error.
     """
-    env_name = get_environment_name(config)
+    env_name = get_environment_name(config, config_key)
     if not envs.is_on_host(env_name):
-        return make_environment(config).spec
-    with name_environment_keys():
+        return make_environment(config, config_key).spec
+    with name_environment_keys(config_key):
         return envs.host_spec(env_name, config.actors.batch, get_options(config.env, 'options'))
 
 
@@ -105,14 +113,14 @@ def count_evaluation_rows(
 
 
 def name_environment_keys(
-    config_key: EnvironmentKey = 'env.name',
+    config_key: EnvironmentKey = 'env.name', batch_key: str = 'config.actors.batch'
 ) -> contextlib.AbstractContextManager[None]:
     """Replace argument names with config keys in errors about an environment and its actors."""
     return name_config_keys(
         {
             'env_name': f'config.{config_key}',
             'options': 'config.env.options',
-            'batch': 'config.actors.batch',
+            'batch': batch_key,
             'timeout': 'config.actors.timeout',
             'num_actors': 'config.actors.number',
         }
@@ -246,7 +254,12 @@ def check_held_out(config: ml_collections.ConfigDict, trained: Spec, held_out: S
                 f'{expected} (got {actual[field]}). Try a suite of the same environment'
             )
     # An index of a task means the same task in both.
-    if config.model.source in ('task', 'embedding') and trained.tasks != held_out.tasks:
+    reads_index = (
+        config.model.source in ('task', 'embedding')
+        and config.model.fusion.name != 'none'
+        and not {'core_input', 'readout'}.isdisjoint(config.model.sites)
+    )
+    if reads_index and trained.tasks != held_out.tasks:
         raise UserError(
             f'{setting}: expected the trained tasks, because config.model.source = '
             f"{config.model.source!r} reads their index. Try config.model.source = 'instruction', "

@@ -5,8 +5,9 @@ import jax
 import numpy as np
 import pytest
 
-from mi.rl import evaluate, factory
+from mi.rl import envs, evaluate, factory
 from mi.rl.actors.worker import Policy
+from mi.rl.envs.jax.batched import Batched
 from mi.rl.envs.jax.catch import Catch
 from tests import prng
 from tests.rl.ramp import Ramp
@@ -22,12 +23,17 @@ def test_on_the_host_and_compiled_every_game_is_played_and_nothing_compiled_twic
             super().__init__(*arguments)
 
     monkeypatch.setattr(evaluate, 'Policy', Counted)
+
+    def make_on_host(suite, *, batch, seed):
+        return Batched(Catch(), batch, seed)
+
+    monkeypatch.setitem(envs.HOST, 'catch_on_host', make_on_host)
     config = tiny(**{'eval.episodes': 6})
+    host_config = tiny(**{'eval.episodes': 6, 'env.name': 'catch_on_host'})
     with (
         evaluate.Evaluation(config) as compiled,
-        evaluate.Evaluation(config) as on_host,
+        evaluate.Evaluation(host_config) as on_host,
     ):
-        on_host._compiled = None
         agent = factory.build_agent(config, compiled.spec)
         params = jax.jit(functools.partial(factory.init_params, agent))(prng.key(0))
         for step in (1, 2):

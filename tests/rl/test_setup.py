@@ -8,7 +8,9 @@ from configs import rl as configs
 from mi.config import UserError
 from mi.rl import config as rl_config
 from mi.rl import envs, factory
+from mi.rl.envs.check import check_batch
 from mi.rl.envs.spec import Spec
+from mi.rl.evaluate import Evaluation
 
 FEATURES, TASKS = 16, 30
 STATE = {'model.source': 'state', 'model.sites': ('readout',)}
@@ -99,6 +101,23 @@ def test_a_context_of_the_cores_output_is_for_the_read_outs_alone(sites):
     rl_config.validate(tiny(**changes | {'model.sites': ('instruction', 'readout')}))
 
 
+@pytest.mark.parametrize(
+    ('source', 'sites'),
+    [
+        ('embedding', ()),
+        ('inferred', ('instruction',)),
+        ('instruction', ()),
+        ('embedding', ('instruction',)),
+    ],
+)
+def test_a_context_that_no_site_reads_is_refused(source, sites):
+    changes = {'model.source': source, 'model.sites': sites, 'model.instruction': True}
+    with pytest.raises(UserError, match=r"source = '\w+': no site reads this context.*got sites"):
+        rl_config.validate(tiny(**changes))
+    changes = {'model.source': 'instruction', 'model.sites': ('instruction',)}
+    rl_config.validate(tiny(**changes, **{'model.instruction': True}))
+
+
 def test_the_cost_of_a_context_of_the_cores_output_is_that_of_two_layers():
     changes = {'model.sites': ('readout',), 'model.hidden': 24, 'model.context': 8}
     given, learned = (
@@ -119,6 +138,17 @@ def test_an_instruction_that_is_not_there_is_refused():
         factory.build_agent(config, spec)
 
 
+def test_too_few_rows_for_the_evaluation_name_their_key(tmp_path, monkeypatch):
+    config = tiny(**{'env.name': 'vizdoom/basic,take_cover', 'eval.batch': 1})
+
+    def make_pool(suite, *, batch, seed):
+        check_batch('vizdoom', 2, batch)
+
+    monkeypatch.setitem(envs.HOST, 'vizdoom', make_pool)
+    with pytest.raises(UserError, match=r'has 2 tasks .* only 1 .*Raise config\.eval\.batch'):
+        Evaluation(config)
+
+
 def test_held_out_tasks_need_a_context_that_knows_them():
     world = envs.make('xland/kinds').spec
     others = envs.make('xland/test').spec
@@ -127,6 +157,9 @@ def test_held_out_tasks_need_a_context_that_knows_them():
         factory.check_held_out(tiny(**{'model.source': 'task'}), world, others)
     for source in ('inferred', 'state'):
         factory.check_held_out(tiny(**{'model.source': source}), world, others)
+    # Agents that do not read the index.
+    for changes in ({'model.sites': ('instruction',)}, {'model.fusion.name': 'none'}):
+        factory.check_held_out(tiny(**{'model.source': 'task'} | changes), world, others)
     # The same tasks with other levels, as procgen/test.
     factory.check_held_out(
         tiny(**{'model.source': 'task'}), world, dataclasses.replace(world, name='again')

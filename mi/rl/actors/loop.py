@@ -73,14 +73,19 @@ def train(
     config: ml_collections.ConfigDict, workdir: str, profile: run_dir.Steps | None = None
 ) -> None:
     """Train and evaluate an agent in a run directory, or resume the run stored there."""
+    config_keys = factory.get_environment_keys(config)
     with contextlib.ExitStack() as stack:
-        evaluations = {
-            split: stack.enter_context(Evaluation(config, config_key))
-            for split, config_key in factory.get_environment_keys(config).items()
-        }
-        agent = factory.build_agent(config, evaluations['eval'].spec)
-        for evaluation in evaluations.values():
-            factory.check_held_out(config, agent.spec, evaluation.spec)
+        # Only the first process evaluates; the others need no environments for it.
+        evaluations: dict[str, Evaluation] = {}
+        if sharding.is_primary():
+            for split, config_key in config_keys.items():
+                evaluations[split] = stack.enter_context(Evaluation(config, config_key))
+            specs = {split: evaluation.spec for split, evaluation in evaluations.items()}
+        else:
+            specs = {split: factory.read_spec(config, key) for split, key in config_keys.items()}
+        agent = factory.build_agent(config, specs['eval'])
+        for spec in specs.values():
+            factory.check_held_out(config, agent.spec, spec)
         with run_dir.open_run(workdir, config, profile) as run:
             _train(config, evaluations, agent, run)
 
@@ -103,7 +108,9 @@ def _train(
     # A new state, or that of the newest checkpoint.
     state = init_state(agent, optimizer, config.seeds[0], mesh)
     checkpoints = checkpoint.Checkpoints(run.path / 'checkpoints', config.train.keep)
-    restored, meta, records_end = resume(run, checkpoints, state, len(evaluations))
+    restored, meta, records_end = resume(
+        run, checkpoints, state, len(factory.get_environment_keys(config))
+    )
     state = state if restored is None else restored
     env_steps = meta.get('env_steps', run.step * config.train.batch * config.train.length)
     window, first_step = Window(), run.step
