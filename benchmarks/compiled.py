@@ -91,7 +91,7 @@ def lm_paper(config: ml_collections.ConfigDict, rows: int) -> Work:
 
 def rl_paper(config: ml_collections.ConfigDict, rows: int) -> Work:
     """Return the work of a chip for DMLab-30, in the analytic model."""
-    return workloads.rl_work(config, dmlab30.spec_of(), rows)
+    return workloads.rl_work(config, dmlab30.make_spec(), rows)
 
 
 JOBS = {

@@ -227,7 +227,7 @@ def _make_topology(system: System) -> pipeline.Topology:
 
 
 def _make_stages(system: System, job: Job, chip: Chip, share: float) -> pipeline.Stages:
-    config, spec = workloads.dmlab_config(), dmlab30.spec_of()
+    config, spec = workloads.dmlab_config(), dmlab30.make_spec()
     if system.topology == 'threads':
         products = workloads.policy_products(config, spec, system.rows)
         policy_seconds = sum(cluster.estimate_roofline(products, chip)) / share

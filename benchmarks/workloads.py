@@ -173,7 +173,7 @@ def dmlab_config() -> ml_collections.ConfigDict:
 
 def dmlab_job() -> Job:
     """Return the job that trains on DMLab-30."""
-    config, spec = dmlab_config(), dmlab30.spec_of()
+    config, spec = dmlab_config(), dmlab30.make_spec()
     agent_costs = rl.compute_costs(rl.build_agent(config, spec), 1, config.train.length)
     return Job(
         name='DMLab-30',
@@ -186,7 +186,7 @@ def dmlab_job() -> Job:
 
 def policy_flops() -> int:
     """Return the FLOPs of the policy for DMLab-30, for one step of one environment."""
-    agent = rl.build_agent(dmlab_config(), dmlab30.spec_of())
+    agent = rl.build_agent(dmlab_config(), dmlab30.make_spec())
     return rl.compute_costs(agent, 1, 1)['flops_per_step']['model']
 
 
@@ -205,7 +205,7 @@ def trajectory_bytes() -> float:
     """Return the bytes per environment step that an actor of DMLab-30 sends to the learner."""
     config = dmlab_config()
     rows = config.actors.batch
-    trajectory = trajectory_shapes(config, dmlab30.spec_of(), rows)
+    trajectory = trajectory_shapes(config, dmlab30.make_spec(), rows)
     total_bytes = sum(
         math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(trajectory)
     )

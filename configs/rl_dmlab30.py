@@ -11,12 +11,13 @@ The settings have these sources:
 [sources]   The agent is IMPALA (Espeholt et al., 2018) with PopArt (Hessel et al., 2019). The
             public code of IMPALA has a deep residual torso, an LSTM of 256, unrolls of 100, γ 0.99,
             an action repeat of 4, a batch of 32, learning rate 3.1867e-4, entropy cost 3.339e-3,
-            baseline cost 0.5, and RMSProp with decay 0.99, ε 0.1 and no momentum. PopArt's step
-            is 3e-4.
+            baseline cost 0.5, 10 billion frames, a learning rate that decays linearly to 0, no
+            clipping of gradients, and RMSProp with decay 0.99, ε 0.1 and no momentum. PopArt's
+            step is 3e-4.
 [recalled]  The fusion is at the read-outs of the policy and the value, with the arms of
             experiments/rl_dmlab30.py. The reward clipping is that of the paper on IMPALA.
-[ours]      Full MI with the task's one-hot index, the decay of the learning rate, 10 billion
-            frames, bfloat16 products, and the batch of 60. The paper's batch is not known.
+[ours]      Full MI with the task's one-hot index, bfloat16 products, and the batch of 60. The
+            paper's batch is not known.
 
 In IMPALA, an actor is one engine. Here, an actor is a thread with groups of engines, and a group
 has a row for each level. The 150 engines are thus five actors with one group of thirty engines
@@ -25,9 +26,8 @@ serves another. A trajectory in the queue has the thirty rows of a group. An upd
 trajectories, which are 60 rows, or 15 on each of 4 GPUs.
 
 The public code sums the loss over its batch of 32, whereas ours is a mean. With ε under the root,
-RMSProp makes the same steps for gradients 32 g and ε = 0.1 as for g and ε = 0.1 / 32², the value
-used here, once it has forgotten its initial mean square. That is 1 in both cases, so our first
-thousand updates are smaller.
+RMSProp makes the same steps for gradients 32 g, ε = 0.1 and an initial mean square of 1, as for g,
+ε = 0.1 / 32² and 1 / 32², the values used here.
 
 default      10 billion frames, which are 2.5 billion steps of 4 frames
 smoke        a minute on a laptop, on Catch instead of the engine, to show that everything runs
@@ -90,12 +90,11 @@ def get_config(arg: str = 'default') -> ml_collections.ConfigDict:
     config.eval.episodes = 10
 
     # IMPALA's optimizer, then what the argument names.
-    config.optim.name = 'rmsprop'
+    config.optim.name = 'optax:rmsprop'
+    config.optim.options.update({'decay': 0.99, 'eps': 0.1 / 32**2, 'initial_scale': 1 / 32**2})
     config.optim.learning_rate = 3.1867e-4
     config.optim.schedule = 'linear'
-    config.optim.b1 = 0.0  # no momentum
-    config.optim.b2 = 0.99
-    config.optim.eps = 0.1 / 32**2
+    config.optim.clip_norm = 0.0
     config.update_from_flattened_dict(argument.merge(PRESETS))
     config.update_from_flattened_dict(argument.values)
     return config.lock()

@@ -365,7 +365,7 @@ def test_the_config_of_the_dmlab_tutorial_is_fine(monkeypatch):
 
     def make(suite, *, batch, seed, renderer='', cache=None, dataset=None):
         made.update(renderer=renderer, cache=cache, dataset=dataset)
-        return types.SimpleNamespace(spec=dmlab30.spec_of())
+        return types.SimpleNamespace(spec=dmlab30.make_spec())
 
     monkeypatch.setitem(envs.HOST, 'dmlab30', make)
     rl.make_pool(config, 60, 0)

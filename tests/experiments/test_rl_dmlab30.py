@@ -17,7 +17,7 @@ from tests.conftest import ROOT
 def test_dmlab30_has_five_engines_for_each_level_and_a_batch_for_four_gpus(tmp_path):
     config = configs.get_config()
     rl_config.validate(config)
-    actors, spec = config.actors, dmlab30.spec_of()
+    actors, spec = config.actors, dmlab30.make_spec()
     assert actors.number * actors.groups * actors.batch == 5 * len(spec.tasks) == 150
     assert actors.batch % len(spec.tasks) == 0  # rows of a group have the levels by turns
     assert config.train.batch % 4 == config.train.batch % actors.batch == 0
@@ -37,10 +37,11 @@ def test_dmlab30_has_five_engines_for_each_level_and_a_batch_for_four_gpus(tmp_p
 def test_rmsprop_of_dmlab30_is_that_of_a_loss_summed_over_32_rows():
     """The public code sums over a batch of 32, with ε = 0.1 under the root of TensorFlow's RMSProp.
 
-    Its average of squares starts at 1, of the sum or of the mean, which 3,000 updates forget.
+    The average of squares starts at 1 there.
     """
     config = configs.get_config().unlock()
-    config.optim.update({'schedule': 'constant', 'clip_norm': 0.0})
+    optim.validate(config.optim, 3000)
+    config.optim.schedule = 'constant'
     optimizer = optim.make_optimizer(config.optim, 3000)
     grads = np.random.default_rng(0).normal(size=(3000, 5)) * [1e-3, 1e-2, 0.1, 1, 10]
     params = jnp.zeros(5)
@@ -52,7 +53,7 @@ def test_rmsprop_of_dmlab30_is_that_of_a_loss_summed_over_32_rows():
     scan = jax.jit(lambda state: jax.lax.scan(step, state, grads.astype(np.float32)))
     _, updates = scan(optimizer.init(params))
     square = np.ones(5)
-    for grad in 32 * grads:
+    for update, grad in zip(updates, 32 * grads, strict=True):
         square = 0.99 * square + 0.01 * grad**2
         expected = -3.1867e-4 * grad / np.sqrt(square + 0.1)
-    np.testing.assert_allclose(updates[-1], expected, rtol=1e-3)
+        np.testing.assert_allclose(update, expected, rtol=1e-3)

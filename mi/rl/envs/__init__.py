@@ -18,7 +18,7 @@ from typing import TypeVar
 from mi.config import ArgumentError, UserError, has_parameter, suggest
 from mi.options import check_options, get_keyword_defaults
 from mi.registry import Registry, is_reference
-from mi.rl.envs.check import check_environment, check_spec
+from mi.rl.envs.check import check_batch, check_environment, check_spec
 from mi.rl.envs.host import atari, babyai, dmlab30, gymnasium, procgen
 from mi.rl.envs.jax import actuator_inversion, catch, xland
 from mi.rl.envs.jax.batched import Batched
@@ -47,7 +47,7 @@ HOST.refuse = lambda maker: '' if has_parameter(maker, 'batch') else 'it has no 
 SPECS: dict[str, Callable[..., Spec]] = {
     'atari': atari.make_spec,
     'procgen': procgen.make_spec,
-    'dmlab30': dmlab30.suite_spec,
+    'dmlab30': dmlab30.make_spec,
 }
 # Suite → its tasks, for environments whose rows are cheap: a megabyte each and no process.
 CHEAP: dict[str, Callable[[str], tuple[str, ...]]] = {
@@ -128,12 +128,7 @@ def host_spec(env_name: str, batch: int, options: Options | None = None) -> Spec
             **{option: setting for option, setting in options.items() if option in parameters},
         )
         check_spec(spec)
-        if batch < len(spec.tasks):
-            raise UserError(
-                f'{spec.name} has {len(spec.tasks)} tasks but the batch has only {batch} '
-                f'environments: expected at least one per task. Raise `batch` or '
-                f'choose fewer tasks'
-            )
+        check_batch(spec.name, len(spec.tasks), batch)
     return spec
 
 

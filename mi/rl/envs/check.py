@@ -24,6 +24,19 @@ ENTRIES: dict[str, tuple[int, DTypeLike, str]] = {
 }
 
 
+def check_batch(env_name: str, num_tasks: int, batch: int) -> None:
+    """Check that a batch of environments has a row for each task.
+
+    Raises:
+      UserError: if it has fewer rows.
+    """
+    if batch < num_tasks:
+        raise UserError(
+            f'{env_name} has {num_tasks} tasks but the batch has only {batch} environments: '
+            f'expected at least one per task. Raise `batch` or choose fewer tasks'
+        )
+
+
 def check_spec(spec: Spec) -> None:
     """Check that a spec is valid and consistent.
 

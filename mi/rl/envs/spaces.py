@@ -1,7 +1,8 @@
 """Conversion of Gymnasium spaces: observations to features or pixels, actions to numbers.
 
 Observation space                       entry
-Box [h, w, c], [c, h, w] or [h, w]      'pixels' uint8, if the values are those of an image
+Box [h, w, c] or [c, h, w]              'pixels' uint8, if the values are those of an image
+Box [h, w] of bytes                     'pixels' uint8
 other Box, Discrete, MultiBinary, MultiDiscrete, and Dict or Tuple of these
                                         'features' float32, flattened; one-hot if discrete
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from mi.config import UserError
+from mi.rl import evaluate
 from mi.rl.envs import text
 from mi.rl.envs.host import dmlab30
 
@@ -82,23 +83,27 @@ def test_the_test_suite_runs_the_held_out_levels(fake, monkeypatch):
     assert [name for name in names if name.endswith('_test')] == list(dmlab30.HELD_OUT.values())
     assert not any(name.endswith('_train') for name in names)
     assert all(engine['config']['allowHoldOutLevels'] == 'true' for engine in seen)
+    assert {engine['config']['mixerSeed'] for engine in seen} == {str(0x600D5EED)}
 
 
-def test_the_capped_score_is_0_for_random_100_for_human_and_not_above():
-    random = {level: scores[0] for level, scores in dmlab30.SCORES.items()}
-    human = {level: scores[1] for level, scores in dmlab30.SCORES.items()}
-    assert dmlab30.capped_score(random) == 0
-    assert dmlab30.capped_score(human) == pytest.approx(100)
-    assert dmlab30.capped_score({k: v + 1000 for k, v in human.items()}) == 100
-    one = {**random, 'rooms_watermaze': (4.065 + 54.0) / 2}
-    assert dmlab30.capped_score(one) == pytest.approx(50 / 30)
-    below = {**random, 'rooms_watermaze': 4.065 - (54.0 - 4.065)}
-    assert dmlab30.capped_score(below) == pytest.approx(-100 / 30)
+def test_the_capped_score_is_0_for_random_1_for_human_and_not_above():
+    """The mean over levels of min(1, (s − r) / (h − r)), as scalable_agent computes it."""
+    spec = dmlab30.make_spec()
+    random, human = np.array(spec.random), np.array(spec.reference)
 
+    def score(returns):
+        episodes = [np.array([value]) for value in returns]
+        return evaluate.summarize(spec, episodes, episodes, episodes)['capped_mean']
 
-def test_a_score_without_all_levels_is_refused():
-    with pytest.raises(ValueError, match=r"missing .*'rooms_watermaze'"):
-        dmlab30.capped_score({k: 0.0 for k in dmlab30.LEVELS if k != 'rooms_watermaze'})
+    assert score(random) == 0
+    assert score(human) == pytest.approx(1)
+    assert score(human + 1000) == 1
+    level = spec.tasks.index('rooms_watermaze')
+    one, below = random.copy(), random.copy()
+    one[level] = (4.065 + 54.0) / 2
+    assert score(one) == pytest.approx(0.5 / 30)
+    below[level] = 4.065 - (54.0 - 4.065)
+    assert score(below) == pytest.approx(-1 / 30)
 
 
 def test_a_cache_gives_back_what_it_was_given(tmp_path):
@@ -124,7 +129,7 @@ def test_wrong_words_raise_user_errors(fake):
         dmlab30.make('room_watermaze', batch=1)
     with pytest.raises(UserError, match="did you mean 'impala'"):
         dmlab30.make('', batch=30, actions='impla')
-    with pytest.raises(UserError, match='30 levels but the batch has only 29'):
+    with pytest.raises(UserError, match='30 tasks but the batch has only 29'):
         dmlab30.make('train', batch=29)
 
 

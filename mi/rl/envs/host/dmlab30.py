@@ -19,7 +19,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ import jax
 import numpy as np
 
 from mi.config import ArgumentError, UserError, suggest
+from mi.rl.envs.check import check_batch
 from mi.rl.envs.spec import Spec, Step
 from mi.rl.envs.text import hashed
 
@@ -105,30 +106,8 @@ LabArguments = dict[str, Any]  # of `deepmind_lab.Lab`, and 'cache', the folder 
 
 BUCKETS = 1000
 REPEAT = 4
+MIXER_SEED = 0x600D5EED  # of the test levels, in scalable_agent's experiment.py
 HEIGHT, WIDTH = 72, 96
-
-
-def capped_score(returns: Mapping[str, float]) -> float:
-    """Return the mean capped human-normalized score in %.
-
-    This is the mean over levels of min(100, 100 (s − r)/(h − r)), where s is the mean return in a
-    level, and r and h are its random and human scores (Espeholt et al., 2018).
-
-    Args:
-      returns: training level → mean return, for all thirty levels.
-
-    Raises:
-      ValueError: if a level is missing or unknown.
-    """
-    if set(returns) != set(LEVELS):
-        missing = sorted(set(LEVELS) - set(returns))
-        unknown = sorted(set(returns) - set(LEVELS))
-        raise ValueError(f'returns: expected all levels (missing {missing}, unknown {unknown})')
-    scores = [
-        min(100.0, 100 * (returns[level] - random_score) / (human_score - random_score))
-        for level, (random_score, human_score) in SCORES.items()
-    ]
-    return float(np.mean(scores))
 
 
 class LevelCache:
@@ -294,8 +273,20 @@ class DMLab:
                 connection.send(request)
 
 
-def spec_of(tasks: tuple[str, ...] = LEVELS, actions: str = 'impala', length: int = 16) -> Spec:
-    """Return the spec for some levels without the engine. See `make` for the arguments."""
+def make_spec(suite: str = '', *, actions: str = 'impala', length: int = 16) -> Spec:
+    """Return the spec of a suite without the engine. See `make` for the arguments.
+
+    Raises:
+      UserError: if a level or an action set is unknown.
+    """
+    # Check the names.
+    if actions not in ACTIONS:
+        raise UserError(f'`options.actions` = {actions!r} is unknown; {suggest(actions, ACTIONS)}')
+    levels = LEVELS if suite in ('', 'train', 'test') else tuple(suite.split(','))
+    for level in levels:
+        if level not in SCORES:
+            hint = suggest(level, (*LEVELS, 'train', 'test'))
+            raise UserError(f'dmlab30/{level} is unknown; {hint}')
     return Spec(
         name='dmlab30',
         observation={
@@ -304,29 +295,13 @@ def spec_of(tasks: tuple[str, ...] = LEVELS, actions: str = 'impala', length: in
             'task': jax.ShapeDtypeStruct((), np.int32),
         },
         actions=len(ACTIONS[actions]),
-        tasks=tasks,
-        random=tuple(SCORES[task][0] for task in tasks),
-        reference=tuple(SCORES[task][1] for task in tasks),
+        tasks=levels,
+        random=tuple(SCORES[level][0] for level in levels),
+        reference=tuple(SCORES[level][1] for level in levels),
         sources="random and human scores of scalable_agent's dmlab30.py (Espeholt et al., 2018)",
         vocabulary=BUCKETS + 1,
         has_success=False,
     )
-
-
-def suite_spec(suite: str, *, actions: str = 'impala', length: int = 16) -> Spec:
-    """Return the spec of a suite without the engine. See `make` for the arguments.
-
-    Raises:
-      UserError: if a level or an action set is unknown.
-    """
-    if actions not in ACTIONS:
-        raise UserError(f'`options.actions` = {actions!r} is unknown; {suggest(actions, ACTIONS)}')
-    levels = LEVELS if suite in ('', 'train', 'test') else tuple(suite.split(','))
-    for level in levels:
-        if level not in SCORES:
-            hint = suggest(level, (*LEVELS, 'train', 'test'))
-            raise UserError(f'dmlab30/{level} is unknown; {hint}')
-    return spec_of(levels, actions, length)
 
 
 def make(  # noqa: PLR0913 - the options of the environment
@@ -360,20 +335,16 @@ def make(  # noqa: PLR0913 - the options of the environment
         installed.
     """
     # Check the batch and the installation.
-    spec = suite_spec(suite, actions=actions, length=length)
+    spec = make_spec(suite, actions=actions, length=length)
     tasks = spec.tasks
-    if batch < len(tasks):
-        raise UserError(
-            f'dmlab30 has {len(tasks)} levels but the batch has only {batch} environments: '
-            f'expected at least one per level. Raise `batch` or choose fewer levels'
-        )
+    check_batch(spec.name, len(tasks), batch)
     if importlib.util.find_spec('deepmind_lab') is None:
         raise UserError('deepmind_lab is not installed. Build it as described in docs/dmlab.md')
 
     # The settings of an engine for each row.
     lab_settings = {'width': str(WIDTH), 'height': str(HEIGHT), 'logLevel': 'WARN'}
     if suite == 'test':
-        lab_settings['allowHoldOutLevels'] = 'true'
+        lab_settings |= {'allowHoldOutLevels': 'true', 'mixerSeed': str(MIXER_SEED)}
     if dataset is not None:
         lab_settings['datasetPath'] = dataset
     level_names = [HELD_OUT.get(task, task) if suite == 'test' else task for task in tasks]

@@ -17,6 +17,7 @@ import jax
 import numpy as np
 
 from mi.config import ArgumentError, UserError, suggest, suggest_install
+from mi.rl.envs.check import check_batch
 from mi.rl.envs.spec import Observation, Spec, Step
 from mi.training.host import get_cores
 
@@ -252,11 +253,7 @@ def make_pools(
     Raises:
       UserError: if there are fewer rows than `env_ids`, or envpool is not installed.
     """
-    if batch < len(env_ids):
-        raise UserError(
-            f'{spec.name} has {len(env_ids)} tasks but the batch has only {batch} environments: '
-            f'expected at least one per task. Raise `batch` or choose fewer tasks'
-        )
+    check_batch(spec.name, len(env_ids), batch)
 
     # Spread rows and threads evenly; row i has the seed `seed` + i in whichever pool.
     envpool = import_envpool()

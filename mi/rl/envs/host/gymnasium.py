@@ -16,6 +16,7 @@ import numpy as np
 
 from mi.config import UserError, format_error, suggest, suggest_install
 from mi.rl.envs import spaces
+from mi.rl.envs.check import check_batch
 from mi.rl.envs.spec import Spec, Step
 
 # Task → the middle of the package's id. Deathmatch is left out: some of its buttons are continuous.
@@ -218,11 +219,7 @@ def make_vizdoom(suite: str, *, batch: int, seed: int = 0, asynchronous: bool = 
             raise UserError(
                 f'vizdoom/{scenario} is unknown; {suggest(scenario, (*SCENARIOS, "all"))}'
             )
-    if batch < len(scenarios):
-        raise UserError(
-            f'vizdoom has {len(scenarios)} tasks but the batch has only {batch} environments: '
-            f'expected at least one per task. Raise `batch` or choose fewer tasks'
-        )
+    check_batch('vizdoom', len(scenarios), batch)
 
     # Collect the buttons of all tasks.
     buttons: dict[str, None] = {}

@@ -3,8 +3,8 @@
 The room has 5 × 5 cells. Agent and goal start in two different cells, drawn at random for every
 episode. Each of the four actions moves the agent by one cell, unless a wall is in the way. The task
 is a permutation p of the directions 0 up, 1 right, 2 down and 3 left: action a moves the agent in
-direction p[a]. The observation contains the cells and the index of the task, but not p. The same
-cells therefore require a different action in each task:
+direction p[a]. The observation contains the cells and the index of the task, but not p. The best
+action in the same cells therefore depends on the task:
 
     optimal action = p⁻¹[direction towards the goal]
 
