@@ -4,8 +4,8 @@ The environment is xland (mi/rl/envs/jax/xland.py), in which only the task ident
 differ in the fusion at the site `core_input`, which combines the features with the index of the
 task. The arm 'none' does not receive the task. Two arms remove a handicap of others: 'concat,
 large' has as many parameters as 'mi', in a wider torso and LSTM, and 'film, random' starts with a
-different policy for each task, whereas 'film' starts with one policy for all. Five seeds are
-trained together by vmap.
+different policy for each task, whereas 'film' starts with one policy for all. One
+program trains five seeds.
 
     python -m launch.local --sweep=experiments/rl_multitask.py --workdir=runs/rl --parallel=2
 

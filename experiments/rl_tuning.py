@@ -109,7 +109,10 @@ def score_points(arms: Mapping[Point, runs.Arm]) -> dict[Point, float]:
     """Compute the mean success over seeds at each finished point, or −∞ if a seed diverged."""
     scores = {}
     for point, arm in arms.items():
-        if by_seed := arm.final_values(METRIC, SPLIT):
+        has_diverged = arm.state == 'failed' and 'not finite' in (arm.reason or '')
+        if has_diverged:  # mi.training.logger ended it
+            scores[point] = -math.inf
+        elif by_seed := arm.final_values(METRIC, SPLIT):
             is_finite = all(map(math.isfinite, by_seed.values()))
             scores[point] = math.fsum(by_seed.values()) / len(by_seed) if is_finite else -math.inf
     return scores

@@ -15,6 +15,7 @@ from mi import counting
 from mi.config import UserError, flatten
 from mi.rl import config as rl_config
 from mi.rl import envs, factory, restore, train
+from mi.training import logger
 from tests import prng
 from tests.conftest import ROOT
 
@@ -174,7 +175,10 @@ def test_the_figure_of_a_trained_arm_has_its_embeddings(tmp_path, monkeypatch):
 
 
 def write_tuning(workdir, success):
-    """The sweep of the tuning, every member done; success: (arm, point) → that of both seeds."""
+    """The sweep of the tuning, every member done; success: (arm, point) → that of both seeds.
+
+    A member with None for a seed diverged, and failed as mi.training.logger fails.
+    """
     members = sweeps.load(str(ROOT / 'experiments/rl_tuning.py'), workdir)
     names = {
         rl_tuning.name_member(arm, point): (arm, point)
@@ -186,8 +190,14 @@ def write_tuning(workdir, success):
         run.mkdir()
         config = sweeps.parse_config(member.command)
         (run / 'config.json').write_text(config.to_json())
-        (run / 'status.json').write_text(json.dumps({'state': 'done'}))
-        values = zip(config.seeds, success(*names[member.label]), strict=True)
+        by_seed = success(*names[member.label])
+        status = {'state': 'done'}
+        if None in by_seed:
+            with pytest.raises(UserError) as error:
+                logger.refuse_non_finite(config.seeds, 40, {'loss': np.array([np.nan, 1.0])})
+            status, by_seed = {'state': 'failed', 'reason': f'UserError: {error.value}'}, ()
+        (run / 'status.json').write_text(json.dumps(status))
+        values = zip(config.seeds, by_seed, strict=by_seed != ())
         lines = [
             json.dumps({'step': 9, 'seed': seed, 'split': 'eval', 'success': value})
             for seed, value in values
