@@ -38,7 +38,7 @@ check: .venv/test
 
 docs: export NO_MKDOCS_2_WARNING = 1
 docs: .venv/docs
-	$(BIN)/mkdocs build --quiet
+	$(BIN)/mkdocs build
 
 .venv/run: EXTRA = [sweep]
 .venv/test: EXTRA = [test]

@@ -132,6 +132,8 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
         if image or not path or re.match(r'[a-z]+:', path):
             return match[0]
         file = (HERE / folder / path).resolve()
+        if file == HERE / 'results/README.md':
+            return f'[{text}]({path.replace("README.md", "index.md")})'
         if (file / 'report.html').exists() and file.is_relative_to(HERE):
             return f'[{text}]({path.rstrip("/")}/report.html)'
         is_page = file.is_relative_to(HERE) and not file.is_dir()
@@ -145,7 +147,6 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
 def make_index() -> str:
     """Return README.md with links relative to docs/."""
     text = (ROOT / 'README.md').read_text().replace('](docs/', '](')
-    text = text.replace('](results/README.md)', '](results/index.md)')
     return text.replace('](CONTRIBUTING.md)', '](contributing.md)')
 
 

@@ -10,7 +10,12 @@ from collections.abc import Callable
 from docs.gallery import attention, conditioning, recurrent
 from docs.gallery.attention import Built
 from mi.find import Report, find
-from mi.find.report import format_share, format_times, group_interactions
+from mi.find.report import (
+    describe_streams,
+    format_share,
+    format_times,
+    group_interactions,
+)
 
 INTRODUCTION = """\
 # Where to find them
@@ -218,10 +223,7 @@ def _make_summary(reports: dict[str, Report]) -> str:
 
 def _make_section(entry: Entry, report: Report) -> str:
     """Return the section of a model, with source, equations, interactions and candidates."""
-    streams = ', '.join(
-        f'{name} {" ".join(str(list(shape)) for shape in shapes)}'
-        for name, shapes in report.streams.items()
-    )
+    streams = describe_streams(report.streams)
     lines = [
         f'## {entry.title}',
         '',

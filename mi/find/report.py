@@ -188,10 +188,7 @@ class Report:
         return lines
 
     def _summarize(self) -> str:
-        streams = ', '.join(
-            f'{name} {" ".join(str(list(shape)) for shape in shapes)}'
-            for name, shapes in self.streams.items()
-        )
+        streams = describe_streams(self.streams)
         counts = ', '.join(f'{number} {motif}' for motif, number in self.count().items())
         number = len(self.interactions)
         noun = 'interaction' if number == 1 else 'interactions'
@@ -243,6 +240,14 @@ def group_by_path(
     for interaction, times in group_interactions(interactions):
         paths.setdefault(interaction.path, []).append((interaction, times))
     return paths
+
+
+def describe_streams(streams: Mapping[str, Sequence[tuple[int, ...]]]) -> str:
+    """Describe the arrays of each stream, such as 'x [8, 3], carry [8, 4] and [8, 4]'."""
+    return ', '.join(
+        f'{name} {" and ".join(str(list(shape)) for shape in shapes)}'
+        for name, shapes in streams.items()
+    )
 
 
 def format_shapes(interaction: Interaction) -> str:
