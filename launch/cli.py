@@ -104,7 +104,7 @@ def run(
         return
     if ASHA.value:
         sweep_file = state.read_sweep_file(workdir, {'metric': str, 'curves': str})
-        configs = (sweep.parse_config(member.command) for member in members)
+        configs = (member.config for member in members)
         asha.refuse_idle(configs, ASHA.value, sweep_file['metric'], sweep_file['curves'])
 
     # Run the unfinished members.

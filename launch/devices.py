@@ -13,7 +13,6 @@ from collections.abc import Sequence
 
 import ml_collections
 
-from launch import sweep
 from launch.members import Member
 from mi.config import UserError
 from mi.training import placement, run_mesh
@@ -48,7 +47,7 @@ def find_warnings(members: Sequence[Member], devices: Devices) -> list[str]:
         return []
     member_names: dict[str, list[str]] = {}  # waste → members
     for member in members:
-        if waste := describe_waste(sweep.parse_config(member.command), devices):
+        if waste := describe_waste(member.config, devices):
             member_names.setdefault(waste, []).append(member.name)
     return [f'{waste} ({", ".join(names)})' for waste, names in member_names.items()]
 

@@ -6,12 +6,16 @@ which is not a config key, sets the label instead.
 """
 
 import dataclasses
+import functools
 import hashlib
 import pathlib
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
+import ml_collections
+
+from mi import overrides as config_overrides
 from mi.config import UserError
 
 Overrides = dict[str, Any]  # dotted key → value
@@ -35,6 +39,24 @@ class Member:
     label: str
     command: list[str]
     overrides: Overrides
+
+    @functools.cached_property
+    def config(self) -> ml_collections.ConfigDict:
+        """The locked config of the run, which is read only once. See `parse_config`."""
+        return parse_config(self.command)
+
+
+def parse_config(arguments: Sequence[str]) -> ml_collections.ConfigDict:
+    """Return the config that `mi.main` parses from --config=FILE and --config.KEY=VALUE.
+
+    Raises:
+      UserError: if the file or a key does not exist, or a value has the wrong type.
+    """
+    try:
+        return config_overrides.parse(arguments)
+    except UserError as error:
+        config_flags = ' '.join(arg for arg in arguments if arg.startswith('--config'))
+        raise UserError(f'{config_flags}: {error}') from error
 
 
 def make_members(

@@ -285,7 +285,7 @@ def describe_search(file: str, workdir: pathlib.Path, module: types.ModuleType) 
             f'search are not known before it runs'
         )
     members = draw_members(workdir, module)[:1]
-    configs = {member.name: sweep.parse_config(member.command) for member in members}
+    configs = {member.name: member.config for member in members}
     description = sweep.describe(file, module, members, configs)
     description |= sweep.describe_command(file, workdir, 'optuna')
     del description['members']

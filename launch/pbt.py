@@ -185,7 +185,7 @@ def run() -> None:
         )
     file, workdir = cli.get_paths()
     members = sweep.load(file, workdir, 'pbt', dry=cli.DRY_RUN.value)
-    configs = {member.name: sweep.parse_config(member.command) for member in members}
+    configs = {member.name: member.config for member in members}
     perturb = choose_hyperparameters(configs, PERTURB.value)
     if cli.DRY_RUN.value:
         cli.dry_run(members, workdir, local.find_devices(cli.get_resources()))

@@ -9,7 +9,7 @@ import rich.console
 import rich.markup
 import rich.table
 
-from launch import metric_names, records, state, sweep
+from launch import metric_names, records, state
 from launch.members import Member
 from mi.config import flatten
 from mi.estimate import costs
@@ -36,7 +36,7 @@ def show(
       speed: FLOP/s of one member. If None, it is measured on members that have run.
     """
     # Count the FLOPs of each member in all of its training.
-    member_costs = count_costs([sweep.parse_config(member.command) for member in members])
+    member_costs = count_costs([member.config for member in members])
     totals = [
         cost['steps'] * cost['seeds'] * cost['flops'] if 'flops' in cost else None
         for cost in member_costs

@@ -29,6 +29,7 @@ import ml_collections
 
 from launch import metric_names, state
 from launch.members import Member, Overrides, make_members
+from launch.members import parse_config as parse_config
 from launch.search_space import choice as choice
 from launch.search_space import describe_space, list_searched_keys
 from launch.search_space import integer as integer
@@ -37,7 +38,6 @@ from launch.search_space import sample as sample
 from launch.search_space import uniform as uniform
 from launch.sweep_file import get_space, list_overrides, load_module, sweep_name
 from mi.config import UserError, describe_difference, find_added, flatten, suggest
-from mi.overrides import parse as parse_arguments
 from mi.registry import is_reference
 from mi.training.io import write_json
 from mi.training.lock import is_locked
@@ -126,7 +126,7 @@ def load(
     if module.BASELINE not in (None, *labels):
         hint = suggest(str(module.BASELINE), labels)
         raise UserError(f'--sweep={file}: BASELINE = {module.BASELINE!r}: expected an arm; {hint}')
-    configs = {member.name: parse_config(member.command) for member in members}
+    configs = {member.name: member.config for member in members}
     _refuse_repeated_seeds(members, configs, task_key)
     description = describe(file, module, members, configs)
     description |= describe_command(file, workdir, engine)
@@ -151,19 +151,6 @@ def write_description(workdir: pathlib.Path, description: dict[str, Any], *, dry
         write_json(sweep_file, description)
     except OSError as error:
         raise UserError(f'--workdir={workdir}: {error.strerror}. Use another directory') from error
-
-
-def parse_config(arguments: Sequence[str]) -> ml_collections.ConfigDict:
-    """Return the config that `mi.main` parses from --config=FILE and --config.KEY=VALUE.
-
-    Raises:
-      UserError: if the file or a key does not exist, or a value has the wrong type.
-    """
-    try:
-        return parse_arguments(arguments)
-    except UserError as error:
-        config_flags = ' '.join(arg for arg in arguments if arg.startswith('--config'))
-        raise UserError(f'{config_flags}: {error}') from error
 
 
 def describe(
