@@ -181,7 +181,7 @@ def _skip_finished_evaluation(run: run_dir.Run, meta: checkpoint.Meta, num_seeds
     """
     num_missing = num_seeds if meta.get('is_evaluated') is False else 0
     position = logger.find_records_end(run.path, meta['metrics'], run.step, num_missing)
-    is_missing = sharding.any_process(position is None)
+    is_missing = bool(sharding.any_process(position is None))
     if position is not None and not is_missing:
         meta['metrics'] = position
     return is_missing

@@ -275,10 +275,10 @@ def refuse_broken_state(
     Raises:
       UserError: if an entry is not finite or too large.
     """
-    for part_name, tree in parts.items():
+    # Check the shards of this process, seed by seed.
+    is_sound = np.ones((len(parts), len(seeds)), bool)
+    for part_is_sound, (part_name, tree) in zip(is_sound, parts.items(), strict=True):
         limit = math.sqrt(np.finfo(np.float32).max) if part_name == 'parameters' else math.inf
-        # Check the shards of this process, seed by seed.
-        is_sound = np.ones(len(seeds), bool)
         for leaf in jax.tree.leaves(tree):
             if jnp.issubdtype(leaf.dtype, jnp.inexact):
                 for shard in leaf.addressable_shards:
@@ -286,11 +286,12 @@ def refuse_broken_state(
                     seed_indices = seed_rows[shard.index[:1]] % len(seeds)
                     magnitudes = np.abs(np.asarray(shard.data)).reshape(len(seed_indices), -1)
                     is_bounded = (magnitudes < limit).all(1)  # False for NaN
-                    np.logical_and.at(is_sound, seed_indices, is_bounded)
-        # Agree on it with the other processes.
-        is_broken = [sharding.any_process(not is_seed_sound) for is_seed_sound in is_sound]
-        if any(is_broken):
-            bad_seed = seeds[is_broken.index(True)]
+                    np.logical_and.at(part_is_sound, seed_indices, is_bounded)
+
+    # Agree on it with the other processes, and name the first part and seed.
+    for part_name, is_broken in zip(parts, sharding.any_process(~is_sound), strict=True):
+        if is_broken.any():
+            bad_seed = seeds[int(is_broken.argmax())]
             suffix = ', or its square,' if part_name == 'parameters' else ''
             raise UserError(
                 f'an entry of the {part_name}{suffix} of seed {bad_seed} is not finite at step '

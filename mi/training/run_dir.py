@@ -150,7 +150,7 @@ class Run:
         """
         if jax.process_count() == 1:
             return self._has_signal
-        return recorded and sharding.any_process(self._has_signal)
+        return recorded and bool(sharding.any_process(self._has_signal))
 
     def exit_preempted(self) -> None:
         """Raise `Preempted`, after a checkpoint from which the same command will continue."""

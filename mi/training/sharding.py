@@ -80,11 +80,12 @@ def barrier(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
-def any_process(flag: bool) -> bool:
-    """Return whether the flag is set in any process. All processes must call this function."""
+def any_process(flags: bool | np.ndarray) -> np.ndarray:
+    """Return which flags are set in any process. All processes must call this function."""
     if jax.process_count() == 1:
-        return flag
-    return bool(np.any(multihost_utils.process_allgather(np.asarray(flag))))
+        return np.asarray(flags)
+    gathered_flags: np.ndarray = multihost_utils.process_allgather(np.asarray(flags)[None])
+    return np.asarray(gathered_flags.reshape(-1, *np.shape(flags)).any(0))
 
 
 def sum_over_processes(number: int) -> int:
