@@ -188,7 +188,7 @@ def _fit(config: ml_collections.ConfigDict, devices: Devices) -> RunPrograms:
     mesh = placement.seed_mesh(len(config.seeds), devices)
     state_shapes, seeds = train_fit.shapes(problem, optimizer, len(config.seeds), mesh)
     num_steps = min(config.train.log_every, config.train.steps)
-    program_args = problem, optimizer, num_steps, state_shapes, seeds, mesh
+    program_args = problem, optimizer, num_steps, mesh, state_shapes, seeds
     saved_shapes = placement.gathered_shapes(state_shapes, len(config.seeds))
     evaluate = placement.shard_map_seeds(functools.partial(train_fit.evaluate, problem), mesh)
     return RunPrograms(

@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import ml_collections
@@ -111,22 +112,29 @@ def compile_steps(
     problem: Problem,
     optimizer: optax.GradientTransformation,
     num_steps: int,
-    train_state: TrainState,
-    seeds: Array,
     mesh: Mesh,
+    *inputs: chex.ArrayTree,
 ) -> jax.stages.Compiled:
-    """Compile `num_steps` steps of all seeds: (state, seeds) → (state, metrics), [S, …] each.
+    """Compile `num_steps` steps of all seeds: inputs → (state, metrics), [S, …] each.
 
     Args:
       problem, optimizer: the problem to train on, and its optimizer.
       num_steps: number of steps per call.
-      train_state, seeds: arrays placed on the mesh, or their `shapes`.
       mesh: mesh from `placement.seed_mesh`.
+      *inputs: state and seeds, placed on the mesh, or their `shapes`. The third one, if given, is
+        the learning rate of each step of the run, f32 [steps], which replaces the schedule of the
+        optimizer. Runs that differ only in their learning rates then have the same program.
     """
-    program = placement.shard_map_seeds(
-        functools.partial(train_steps, problem, optimizer, num_steps), mesh
-    )
-    return jax.jit(program, donate_argnums=0).lower(train_state, seeds).compile()
+
+    def run_steps(
+        train_state: TrainState, seeds: Array, *learning_rates: Array
+    ) -> tuple[TrainState, Metrics]:
+        with_rates = functools.partial(optim.with_learning_rates, optimizer)
+        run_optimizer = with_rates(*learning_rates) if learning_rates else optimizer
+        run_seed = functools.partial(train_steps, problem, run_optimizer, num_steps)
+        return placement.shard_map_seeds(run_seed, mesh)(train_state, seeds)
+
+    return jax.jit(run_steps, donate_argnums=0).lower(*inputs).compile()
 
 
 def train(
@@ -150,6 +158,10 @@ def _train(config: ml_collections.ConfigDict, problem: Problem, run: run_dir.Run
     train_state, meta = _restore_or_init(problem, optimizer, checkpoints, seeds, num_seeds, mesh)
     run.step = meta['step']
 
+    # An argument of the program, which runs that differ only in the learning rate then share.
+    learning_rates = sharding.shard_array(
+        np.asarray(optim.compute_learning_rates(config.optim, num_steps)), sharding.replicated(mesh)
+    )
     evaluate_seeds = jax.jit(placement.shard_map_seeds(functools.partial(evaluate, problem), mesh))
     compiled_steps: dict[int, jax.stages.Compiled] = {}
     with run.open_logger(num_steps, meta['metrics']) as log:
@@ -158,14 +170,22 @@ def _train(config: ml_collections.ConfigDict, problem: Problem, run: run_dir.Run
             if record_steps not in compiled_steps:
                 with progress.Work(f'compiling {record_steps:,} training steps'):
                     compiled_steps[record_steps] = compile_steps(
-                        problem, optimizer, record_steps, train_state, seeds, mesh
+                        problem,
+                        optimizer,
+                        record_steps,
+                        mesh,
+                        train_state,
+                        seeds,
+                        learning_rates,
                     )
 
             # The steps of one record, and the record.
             start_time = time.perf_counter()
             with progress.Work(f'training steps {run.step + 1:,} to {run.step + record_steps:,}'):
                 update = compiled_steps[record_steps]
-                train_state, metrics = run.call_traced(record_steps, update, train_state, seeds)
+                train_state, metrics = run.call_traced(
+                    record_steps, update, train_state, seeds, learning_rates
+                )
                 metrics = placement.gather_seeds(metrics, num_seeds)
             seconds = time.perf_counter() - start_time
             run.step += record_steps

@@ -42,7 +42,7 @@ def programs(config, devices):
     state, seeds = train.shapes(problem, optimizer, count, mesh)
     measure = placement.shard_map_seeds(functools.partial(train.evaluate, problem), mesh)
     compiled = {
-        'train': train.compile_steps(problem, optimizer, 20, state, seeds, mesh),
+        'train': train.compile_steps(problem, optimizer, 20, mesh, state, seeds),
         'eval': jax.jit(measure).lower(state.params, seeds).compile(),
     }
     analyzed = {name: program.analyze(each) for name, each in compiled.items()}

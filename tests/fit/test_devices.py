@@ -55,7 +55,8 @@ def test_results_do_not_depend_on_the_number_of_devices(measured):
 def test_nothing_is_split_or_joined_by_a_program_of_its_own(measured):
     for count in (2, 4, 8):
         trained, probed = measured['counts'][str(count)]['compiled']
-        assert len(trained) == len(set(trained)) == 4  # parameters, steps, evaluation, artefacts
+        # Parameters, learning rates, steps, evaluation, artefacts.
+        assert len(trained) == len(set(trained)) == 5
         assert len(probed) == len(set(probed)) == 2  # parameters, steps with an evaluation
 
 

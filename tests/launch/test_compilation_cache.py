@@ -84,13 +84,19 @@ finally:  # it ends by SystemExit
 SIZES = {
     'lm': {'train.steps': 4, 'train.log_every': 2, 'train.eval_every': 4, 'train.save_every': 4},
     'rl': {'train.steps': 80, 'train.log_every': 1, 'train.eval_every': 2, 'train.save_every': 2},
+    'fit': {'train.steps': 4, 'train.log_every': 2, 'train.eval_every': 4, 'train.save_every': 4},
+}
+CONFIGS = {
+    'lm': 'configs/lm.py:tiny',
+    'rl': 'configs/rl.py:tiny',
+    'fit': 'experiments/expressivity/config.py:fit',
 }
 
 
 def run_member(run_dir, task, megabytes, settings):
     """Run a member by the launcher; return its metrics, and how often it found a program."""
     overrides = [f'--config.{key}={value}' for key, value in (SIZES[task] | settings).items()]
-    config = [f'--config=configs/{task}.py:tiny', f'--workdir={run_dir}']
+    config = [f'--config={CONFIGS[task]}', f'--workdir={run_dir}']
     command = [sys.executable, '-c', MEMBER, *config, *overrides]
     states = local.submit({run_dir: command}, engine.Resources(cache_megabytes=megabytes))
     output = (run_dir / 'log.txt').read_text()
@@ -107,6 +113,7 @@ def run_member(run_dir, task, megabytes, settings):
         ('lm', {'optim.schedule': 'linear'}),
         ('rl', {'loss.entropy_cost': 0.02}),
         ('rl', {'train.topology': 'threads', 'loss.entropy_cost': 0.02}),
+        ('fit', {'optim.schedule': 'constant'}),
     ],
 )
 def test_a_member_with_other_rates_and_seeds_compiles_next_to_nothing(
