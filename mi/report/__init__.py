@@ -56,16 +56,17 @@ def write(
         sweep = runs.read_sweep(pathlib.Path(workdir))
     with Work(f'intervals of {len(sweep.arms)} arms'):
         results = analysis.compute_results(sweep)
+        curves = figures.make_curves(sweep)
     table_notes = notes.make_notes(sweep, results)
 
     # Draw the figures and format the texts.
     folder = sweep.path / 'report' if out is None else pathlib.Path(out)
     with files.output_folder(folder), Work('drawing the figures'):
-        figure_files, remarks = figures.draw_figures(sweep, results, folder)
+        figure_files, remarks = figures.draw_figures(sweep, results, curves, folder)
     warnings = [*remarks, *sweep.warnings]
     with Work('writing the page and the tables'):
         documents = {
-            'report.html': html.render_page(sweep, results, [*table_notes, *warnings]),
+            'report.html': html.render_page(sweep, results, curves, [*table_notes, *warnings]),
             'table.csv': csv.to_csv(sweep, results),
             'table.md': tables.to_markdown(sweep, results, table_notes),
             'table.tex': latex.to_latex(sweep, results, table_notes),

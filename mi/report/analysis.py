@@ -173,9 +173,10 @@ def _average_secondary(sweep: Sweep, arm: Arm) -> dict[str, float]:
     """Average the other metrics over seeds, except those of single tasks."""
     averages = {}
     for metric_name in arm.metric_names(sweep.split):
-        values = arm.finite_values(metric_name, sweep.split).values()
         # Metrics of single tasks are called METRIC/TASK.
-        if '/' not in metric_name and metric_name != sweep.metric and values:
+        if '/' in metric_name or metric_name == sweep.metric:
+            continue
+        if values := arm.finite_values(metric_name, sweep.split).values():
             averages[metric_name] = math.fsum(values) / len(values)
     return averages
 

@@ -191,14 +191,15 @@ class Sweep:
     seed_sets: tuple[tuple[int, ...], ...] = ()
     problems: tuple[str, ...] = ()
 
+    def name_problem(self, arm: Arm) -> str:
+        """Return the name of the problem that an arm learns, or '' if there is a single one."""
+        return ', '.join(str(arm.overrides[key]) for key in self.problems if key in arm.overrides)
+
     def group_by_problem(self) -> dict[str, list[Arm]]:
-        """Group the arms by problem, in order, where a single problem has the name ''."""
+        """Group the arms by the name of their problem, in order."""
         groups: dict[str, list[Arm]] = {}
         for arm in self.arms:
-            problem = ', '.join(
-                str(arm.overrides[key]) for key in self.problems if key in arm.overrides
-            )
-            groups.setdefault(problem, []).append(arm)
+            groups.setdefault(self.name_problem(arm), []).append(arm)
         return groups
 
     @property

@@ -26,8 +26,9 @@ class ArmComparison:
       baseline, candidate: results of the arm in the two sweeps, or None if a sweep lacks the arm.
       difference: candidate − baseline, paired by seed.
       test: test of the difference, corrected for the number of arms that are not equal.
-      verdict: 'better', 'worse' or 'no difference seen', 'equal' if every seed has the same bits,
-        'lost' if only the baseline has values, or None if there is nothing to compare.
+      verdict: 'better', 'worse' or 'no difference seen', 'equal' if every seed has the same bits
+        in the metric and in each task, 'lost' if only the baseline has values, or None if there is
+        nothing to compare.
     """
 
     label: str
@@ -129,10 +130,26 @@ def _compare_arm(
     )
     verdict = statistics.judge(difference, sweep.lower_is_better)
     # Equal bits show that nothing changed, and need no test.
-    common_seeds = baseline.final.keys() & candidate.final.keys()
-    if common_seeds and all(baseline.final[seed] == candidate.final[seed] for seed in common_seeds):
+    if _is_equal(sweep, baseline, candidate):
         verdict, test = 'equal', None
     return ArmComparison(label, baseline, candidate, difference, test, verdict)
+
+
+def _is_equal(sweep: Sweep, baseline: ArmResult, candidate: ArmResult) -> bool:
+    """Return whether every common seed has the same metric, and the same score of each task."""
+    common_seeds = baseline.final.keys() & candidate.final.keys()
+    arms = baseline.arm, candidate.arm
+    names = {
+        name
+        for arm in arms
+        for name in arm.metric_names(sweep.split)
+        if name == sweep.metric or name.startswith(f'{sweep.metric}/')
+    }
+    for name in names:
+        values, expected = (arm.final_values(name, sweep.split) for arm in arms)
+        if any(values.get(seed) != expected.get(seed) for seed in common_seeds):
+            return False
+    return bool(common_seeds)
 
 
 def is_worse(comparison: ArmComparison) -> bool:
@@ -263,8 +280,8 @@ def _make_notes(sweeps: Sweeps, comparisons: list[ArmComparison]) -> list[str]:
     notes = [
         f'{verdict_list}.',
         'Differences are candidate − baseline, paired by the seeds that both have; better and '
-        'worse mean that their interval excludes zero, equal that every seed has the same bits. × '
-        f'is candidate over baseline. {statistics.CAUTION}',
+        'worse mean that their interval excludes zero, equal that every seed has the same bits, '
+        f'also in each task. × is candidate over baseline. {statistics.CAUTION}',
     ]
     if warning := statistics.warn_too_few_seeds([comparison.test for comparison in comparisons]):
         notes.append(warning)

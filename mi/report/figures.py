@@ -1,6 +1,7 @@
 """The figures of a report: learning curves, final values, costs and single tasks."""
 
 import pathlib
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import matplotlib
@@ -20,14 +21,54 @@ WEB_DASHES = ('none', '7 3', '2 2', '7 2 2 2')  # DASHES in SVG
 COSTS = {'parameters': 'parameters', 'flops': 'FLOPs per {unit}', 'seconds': 'training seconds'}
 
 
+class Curve(NamedTuple):
+    """The learning curve of an arm at the steps where all seeds are finite.
+
+    Attributes:
+      steps: the steps [N], empty if there are none.
+      mean: mean over seeds [N].
+      low, high: the band [N], which is the curve itself for a single seed.
+      omits_steps: whether other steps were recorded, where a seed is not finite.
+    """
+
+    steps: np.ndarray
+    mean: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+    omits_steps: bool
+
+
+Curves = dict[str, Curve]  # by label of the arm
+
+
+def make_curves(sweep: Sweep) -> Curves:
+    """Compute the learning curve of every arm."""
+    return {arm.label: _make_curve(sweep, arm) for arm in sweep.arms}
+
+
+def _make_curve(sweep: Sweep, arm: Arm) -> Curve:
+    steps, values = arm.curve(sweep.metric, sweep.curves)
+    is_finite = np.isfinite(values).all(axis=0)
+    omits_steps = not is_finite.all()
+    if not is_finite.any():
+        empty = np.empty(0)
+        return Curve(empty, empty, empty, empty, omits_steps)
+    mean, low, high = statistics.estimate_band(values[:, is_finite])
+    low, high = (mean if bound is None else bound for bound in (low, high))
+    return Curve(steps[is_finite], mean, low, high, omits_steps)
+
+
 def draw_figures(
-    sweep: Sweep, results: list[ArmResult], out: pathlib.Path
+    sweep: Sweep, results: list[ArmResult], curves: Curves, out: pathlib.Path
 ) -> tuple[list[pathlib.Path], list[str]]:
     """Draw all figures in every format, and return the paths of the files and remarks."""
     remarks: list[str] = []
     paths = []
     with matplotlib.rc_context(plots.STYLE):
-        figures = {'curves': _draw_curves(sweep, remarks), 'finals': _draw_finals(sweep, results)}
+        figures = {
+            'curves': _draw_curves(sweep, curves, remarks),
+            'finals': _draw_finals(sweep, results),
+        }
         if any(result.task_summary for result in results):
             figures['tasks'] = _draw_tasks(sweep, results)
         if pareto := _draw_pareto(sweep, results):
@@ -49,27 +90,6 @@ def _arm_styles(sweep: Sweep) -> list[Style]:
     return [styles.get(arm.label, Style(GREY, '-', 'o')) for arm in sweep.arms]
 
 
-class Curve(NamedTuple):
-    """A learning curve [N] with its band, which is the curve itself for a single seed."""
-
-    steps: np.ndarray
-    mean: np.ndarray
-    low: np.ndarray
-    high: np.ndarray
-
-
-def make_curve(sweep: Sweep, arm: Arm) -> Curve | None:
-    """Return the curve of an arm at the steps where all seeds are finite, or None."""
-    steps, values = arm.curve(sweep.metric, sweep.curves)
-    is_finite = np.isfinite(values).all(axis=0)
-    if not is_finite.any():
-        return None
-    mean, low, high = statistics.estimate_band(values[:, is_finite])
-    return Curve(
-        steps[is_finite], mean, mean if low is None else low, mean if high is None else high
-    )
-
-
 def seconds_at(arm: Arm, steps: np.ndarray) -> np.ndarray | None:
     """Return the training seconds up to each step, or None if they were not recorded."""
     timed_steps, seconds = arm.training_seconds()
@@ -78,24 +98,24 @@ def seconds_at(arm: Arm, steps: np.ndarray) -> np.ndarray | None:
     return np.interp(steps, np.append(0, timed_steps), np.append(0, seconds))
 
 
-def _draw_curves(sweep: Sweep, remarks: list[str]) -> Figure:
+def _draw_curves(sweep: Sweep, curves: Curves, remarks: list[str]) -> Figure:
     """Draw the metric over steps and over seconds, with a line and a band for each arm."""
     figure = Figure(figsize=(WIDTH, _fit_legend(2.4, len(sweep.arms))), layout='constrained')
     step_axes, time_axes = figure.subplots(1, 2, sharey=True)
     labels = plots.shorten_labels(arm.label for arm in sweep.arms)
 
     # Draw each arm into both panels; remark what is missing.
-    curves: list[Curve] = []
+    drawn: list[Curve] = []
     legend_entries: list[tuple[float, str, Artist]] = []  # final value, label and line
     missing_labels: list[str] = []
     for arm, style in zip(sweep.arms, _arm_styles(sweep), strict=True):
-        curve = make_curve(sweep, arm)
-        if not np.isfinite(arm.curve(sweep.metric, sweep.curves)[1]).all():
+        curve = curves[arm.label]
+        if curve.omits_steps:
             remarks.append(f'{arm.label}: its curve omits steps that are not finite')
-        if curve is None:
+        if not len(curve.steps):
             missing_labels.append(arm.label)
             continue
-        curves.append(curve)
+        drawn.append(curve)
         line = _draw_curve(step_axes, curve.steps.astype(float), curve, style)
         seconds = seconds_at(arm, curve.steps)
         if seconds is not None:
@@ -116,11 +136,11 @@ def _draw_curves(sweep: Sweep, remarks: list[str]) -> Figure:
         axes.set_xlabel(xlabel)
         axes.set_xlim(left=0)
         plots.set_round_ticks(axes, 4, integer=axes is step_axes)
-    if not curves:
+    if not drawn:
         for axes in (step_axes, time_axes):
             _write_placeholder(axes, 'no records yet')
         return figure
-    step_axes.set_ylim(_later_half_limits(curves))
+    step_axes.set_ylim(_later_half_limits(drawn))
     step_axes.ticklabel_format(axis='y', useOffset=False)
 
     # The legend lists the arms from top to bottom, in the order in which the lines end.
@@ -222,6 +242,7 @@ class _Point(NamedTuple):
     """An arm in the figure that shows cost against quality."""
 
     label: str
+    problem: str
     metric: Estimate
     style: Style
     costs: dict[str, float | None]
@@ -233,7 +254,13 @@ def _draw_pareto(sweep: Sweep, results: list[ArmResult]) -> Figure | None:
     Return None if there is no such cost, or if there are fewer than two arms.
     """
     points = [
-        _Point(result.arm.label, result.metric, style, list_costs(sweep, result))
+        _Point(
+            label=result.arm.label,
+            problem=sweep.name_problem(result.arm),
+            metric=result.metric,
+            style=style,
+            costs=list_costs(sweep, result),
+        )
         for result, style in zip(results, _arm_styles(sweep), strict=True)
         if result.metric is not None and sweep.is_comparable(result.arm)
     ]
@@ -254,25 +281,34 @@ def _draw_pareto(sweep: Sweep, results: list[ArmResult]) -> Figure | None:
     return figure
 
 
+def find_front(
+    pairs: Iterable[tuple[float, float]], lower_is_better: bool
+) -> list[tuple[float, float]]:
+    """Return the pairs (cost, mean) that no other pair beats in both, the cheapest first."""
+    sign = 1 if lower_is_better else -1
+    front: list[tuple[float, float]] = []
+    for cost, metric_mean in sorted(pairs, key=lambda pair: (pair[0], sign * pair[1])):
+        if not front or sign * metric_mean < sign * front[-1][1]:
+            front.append((cost, metric_mean))
+    return front
+
+
 def _draw_cost(
     axes: Axes, points: list[_Point], cost_name: str, lower_is_better: bool
 ) -> list[Artist]:
     """Draw the metric against one cost, and return the markers of the points."""
-    # A dashed line passes through the arms that no other arm beats in both.
+    # A dashed line passes through the arms of each problem that no other arm of it beats in both.
     costs = [point.costs[cost_name] or 0 for point in points]
-    sign = 1 if lower_is_better else -1
-    pareto_front: list[tuple[float, float]] = []
-    for cost, metric_mean in sorted(
-        zip(costs, (point.metric.mean for point in points), strict=True),
-        key=lambda pair: (pair[0], sign * pair[1]),
-    ):
-        if not pareto_front or sign * metric_mean < sign * pareto_front[-1][1]:
-            pareto_front.append((cost, metric_mean))
-    axes.step(*zip(*pareto_front, strict=True), where='post', color=GREY, ls=(0, (4, 3)), lw=0.8)
+    problem_pairs: dict[str, list[tuple[float, float]]] = {}  # (cost, mean) of each arm
+    for point, cost in zip(points, costs, strict=True):
+        problem_pairs.setdefault(point.problem, []).append((cost, point.metric.mean))
+    for pairs in problem_pairs.values():
+        front = find_front(pairs, lower_is_better)
+        axes.step(*zip(*front, strict=True), where='post', color=GREY, ls=(0, (4, 3)), lw=0.8)
 
     # Each arm is a marker with a line for its interval.
     handles: list[Artist] = []
-    for (_, metric, style, _), cost in zip(points, costs, strict=True):
+    for (_, _, metric, style, _), cost in zip(points, costs, strict=True):
         if metric.low is not None and metric.high is not None:
             axes.plot([cost] * 2, [metric.low, metric.high], color=style.color, lw=1.0, alpha=0.6)
         handles += axes.plot(cost, metric.mean, style.marker, color=style.color, ms=4, mew=0)

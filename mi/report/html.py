@@ -15,6 +15,7 @@ from mi.config import flatten
 from mi.report import figures, statistics, tables
 from mi.report.analysis import ArmResult
 from mi.report.arms import Arm, Sweep
+from mi.report.figures import Curve, Curves
 from mi.report.statistics import Estimate
 from mi.report.tables import Cell
 
@@ -22,12 +23,13 @@ HERE = pathlib.Path(__file__).parent
 MAX_POINTS = 500  # largest number for a curve on the page; the figures for a paper have all points
 
 
-def render_page(sweep: Sweep, results: list[ArmResult], notes: list[str]) -> str:
+def render_page(sweep: Sweep, results: list[ArmResult], curves: Curves, notes: list[str]) -> str:
     """Render the HTML document.
 
     Args:
       sweep: the sweep.
       results: results of the sweep's arms.
+      curves: learning curves of the arms.
       notes: notes to show below the table.
     """
     # The sections of the page; the warning about too few seeds moves from the notes to the top.
@@ -44,7 +46,7 @@ def render_page(sweep: Sweep, results: list[ArmResult], notes: list[str]) -> str
         f'<h2>What differs</h2>{_config_table(sweep)}' if len(results) > 1 else '',
         f'<h2>Runs</h2>\n{_runs_table(sweep)}',
         f'<h2>Command</h2><pre>{escape(str(sweep.command))}</pre>' if sweep.command else '',
-        f'<script type="application/json" id="data">{_page_data(sweep, results)}</script>',
+        f'<script type="application/json" id="data">{_page_data(sweep, results, curves)}</script>',
         f'<script>{(HERE / "page.js").read_text(encoding="utf-8")}</script>',
     ]
 
@@ -60,7 +62,7 @@ def render_page(sweep: Sweep, results: list[ArmResult], notes: list[str]) -> str
     )
 
 
-def _page_data(sweep: Sweep, results: list[ArmResult]) -> str:
+def _page_data(sweep: Sweep, results: list[ArmResult], curves: Curves) -> str:
     """Return the data of page.js, as JSON that is safe inside a script element."""
     # Only costs that some arm recorded can be chosen on the page.
     arm_costs = [figures.list_costs(sweep, result) for result in results]
@@ -86,11 +88,12 @@ def _page_data(sweep: Sweep, results: list[ArmResult]) -> str:
         'arms': [
             {
                 'label': ' '.join(result.arm.label.split()),
+                'problem': sweep.name_problem(result.arm),
                 'state': result.arm.state,
                 'why': result.arm.state if not result.final else 'not finite',
                 'color': color,
                 'dash': dashes,
-                'curve': _curve_data(sweep, result.arm),
+                'curve': _curve_data(result.arm, curves[result.arm.label]),
                 'final': _final_data(result),
                 'costs': costs,
             }
@@ -100,9 +103,8 @@ def _page_data(sweep: Sweep, results: list[ArmResult]) -> str:
     return json.dumps(page_data, allow_nan=False, separators=(',', ':')).replace('<', '\\u003c')
 
 
-def _curve_data(sweep: Sweep, arm: Arm) -> dict[str, object] | None:
-    curve = figures.make_curve(sweep, arm)
-    if curve is None:
+def _curve_data(arm: Arm, curve: Curve) -> dict[str, object] | None:
+    if not len(curve.steps):
         return None
     # Thin out the points evenly; the first and the last stay.
     indices = np.linspace(0, len(curve.steps) - 1, MAX_POINTS).round().astype(int)
@@ -257,9 +259,10 @@ def _finals_and_cost_sections(sweep: Sweep, results: list[ArmResult]) -> str:
     ]
     if len(arm_costs) > 1 and any(any(costs.values()) for costs in arm_costs):
         label = f'{sweep.metric_title} against parameters, FLOPs and seconds of training'
+        scope = ' of each problem' if len(sweep.group_by_problem()) > 1 else ''
         caption = (
             'Mean and 95 % bootstrap interval against the cost of the whole model. Dashed: the '
-            'best mean for that cost or less; the arms on it are larger.'
+            f'best mean{scope} for that cost or less; the arms on it are larger.'
         )
         chart = _chart('pareto', label, caption, has_bar=True)
         sections.append(f'<h2>Cost against quality</h2>{chart}')

@@ -287,7 +287,7 @@ function drawFinals(box, width) {
 
 let cost = Object.keys(DATA.costs)[0];
 
-/** Return the arms that no other beats in both cost and quality, the cheapest first. */
+/** Return the arms of one problem that no other beats in both cost and quality, the cheapest first. */
 function findFront(arms) {
   const sign = DATA.lowerIsBetter ? 1 : -1;
   const sorted = arms.toSorted((a, b) => a.costs[cost] - b.costs[cost] || sign * (a.final.mean - b.final.mean));
@@ -295,7 +295,7 @@ function findFront(arms) {
   return sorted.filter(arm => sign * arm.final.mean < best && ((best = sign * arm.final.mean), true));
 }
 
-/** Draw the final value of each arm against its cost, and a line through the front. */
+/** Draw the final value of each arm against its cost, and a line through the front of each problem. */
 function drawPareto(box, width) {
   const arms = shownArms().filter(arm => arm.final && arm.costs[cost] > 0);
   if (!arms.length) return placeholder('No arm has this cost and a final value.');
@@ -306,20 +306,23 @@ function drawPareto(box, width) {
     y: extent(arms.flatMap(({final}) => [final.low ?? final.mean, final.high ?? final.mean]), 0.1),
     xlabel: `${DATA.costs[cost]}${isLog ? ', logarithmic' : ''}`,
   });
-  // Draw the front as steps.
-  const front = findFront(arms);
-  const steps = front.flatMap((arm, i) => {
-    const x = f.x(arm.costs[cost]), y = f.y(arm.final.mean);
-    return i ? [`${x},${f.y(front[i - 1].final.mean)}`, `${x},${y}`] : [`${x},${y}`];
-  });
-  f.inside.append(svg('polyline', {class: 'front', points: [...steps, `${f.x1},${f.y(front.at(-1).final.mean)}`].join(' ')}));
+  // Draw the front of each problem as steps.
+  const problems = [...new Set(arms.map(arm => arm.problem))];
+  const fronts = problems.map(problem => findFront(arms.filter(arm => arm.problem === problem)));
+  for (const front of fronts) {
+    const steps = front.flatMap((arm, i) => {
+      const x = f.x(arm.costs[cost]), y = f.y(arm.final.mean);
+      return i ? [`${x},${f.y(front[i - 1].final.mean)}`, `${x},${y}`] : [`${x},${y}`];
+    });
+    f.inside.append(svg('polyline', {class: 'front', points: [...steps, `${f.x1},${f.y(front.at(-1).final.mean)}`].join(' ')}));
+  }
   // Draw each arm, with its label where it covers nothing.
   const occupied = arms.map(arm => ({x: f.x(arm.costs[cost]) - 5, y: f.y(arm.final.mean) - 5, w: 10, h: 10}));
   for (const arm of arms) {
     const x = f.x(arm.costs[cost]), {mean, low, high} = arm.final;
     const group = svg('g', {'data-arm': arm.label});
     if (low !== null) group.append(svg('line', {x1: x, x2: x, y1: f.y(low), y2: f.y(high), stroke: arm.color, 'stroke-width': 1.5, opacity: 0.6}));
-    group.append(svg('circle', {cx: x, cy: f.y(mean), r: front.includes(arm) ? 5 : 4, fill: arm.color}));
+    group.append(svg('circle', {cx: x, cy: f.y(mean), r: fronts.flat().includes(arm) ? 5 : 4, fill: arm.color}));
     group.append(placeLabel(arm.label, x, f.y(mean), f, occupied));
     f.root.append(group);
   }

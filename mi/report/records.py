@@ -6,6 +6,8 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeGuard
 
+import numpy as np
+
 from mi.config import UserError
 
 Record = dict[str, Any]  # a JSON object
@@ -94,15 +96,23 @@ def is_number(value: object) -> TypeGuard[float]:
 
 
 def average_timing(timings: Sequence[Sequence[Record]]) -> list[Record]:
-    """Average the timing records of several runs over the steps that all runs have."""
+    """Average the timing records of several runs over the steps that all runs have.
+
+    A rate is the number of units in all runs over the seconds of all runs.
+    """
     step_records = [{record['step']: record for record in timing} for timing in timings]
     averages: list[Record] = []
     for step in sorted(set.intersection(*map(set, step_records))):
         records = [run_records[step] for run_records in step_records]
+        seconds = [record['seconds'] for record in records]
         average: Record = {}
         for field_name in records[0]:
-            if all(is_number(record.get(field_name)) for record in records):
-                average[field_name] = sum(record[field_name] for record in records) / len(records)
+            if not all(is_number(record.get(field_name)) for record in records):
+                continue
+            is_rate = field_name == 'mfu' or field_name.endswith('_per_second')
+            weights = seconds if is_rate and sum(seconds) > 0 else [1.0] * len(records)
+            values = [record[field_name] for record in records]
+            average[field_name] = float(np.average(values, weights=weights))
         averages.append(average | {'step': step})
     return averages
 

@@ -252,7 +252,7 @@ class SignFlipTest:
       p: probability of a mean at least as far from zero by chance alone.
       min_p: smallest p that is possible with this number of differences.
       p_holm: p corrected for the number of tested arms by `correct_holm`, and p itself before that.
-      min_p_holm: smallest p_holm that is possible for the arm with the smallest p.
+      min_p_holm: smallest p_holm that is possible given the other arms: its value if p were min_p.
       num_pairs: number of differences whose signs are flipped.
       pairs_per_seed: number of differences per seed: the number of tasks if each has separate runs,
         and 1 otherwise.
@@ -312,17 +312,24 @@ def correct_holm(tests: Sequence[SignFlipTest | None]) -> list[SignFlipTest | No
     corrected p is smaller than its predecessor. The probability of any false positive among the
     tests is at most ALPHA.
     """
-    ranked_tests = sorted(
-        (test.p, test_index) for test_index, test in enumerate(tests) if test is not None
-    )
-    corrected: list[SignFlipTest | None] = list(tests)
+    p_values = {index: test.p for index, test in enumerate(tests) if test is not None}
+    p_holm = _multiply_by_rank(p_values)
+    corrected: list[SignFlipTest | None] = []
+    for index, test in enumerate(tests):
+        if test is not None:
+            min_p_holm = _multiply_by_rank(p_values | {index: test.min_p})[index]
+            test = dataclasses.replace(test, p_holm=p_holm[index], min_p_holm=min_p_holm)
+        corrected.append(test)
+    return corrected
+
+
+def _multiply_by_rank(p_values: Mapping[int, float]) -> dict[int, float]:
+    """Return the p-values with Holm's correction."""
+    corrected: dict[int, float] = {}
     largest_p = 0.0
-    for rank, (p_value, test_index) in enumerate(ranked_tests):
-        largest_p = max(largest_p, min(1.0, (len(ranked_tests) - rank) * p_value))
-        test = tests[test_index]
-        assert test is not None
-        min_p_holm = min(1.0, len(ranked_tests) * test.min_p)
-        corrected[test_index] = dataclasses.replace(test, p_holm=largest_p, min_p_holm=min_p_holm)
+    for rank, index in enumerate(sorted(p_values, key=p_values.__getitem__)):
+        largest_p = max(largest_p, min(1.0, (len(p_values) - rank) * p_values[index]))
+        corrected[index] = largest_p
     return corrected
 
 

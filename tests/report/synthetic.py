@@ -46,6 +46,28 @@ def write_sweep(path, members, **changes):
     (path / 'sweep.json').write_text(json.dumps(sweep | changes))
 
 
+def write_problems(path):
+    """A sweep of an easy and a hard problem, on each of which the larger of two arms is better.
+
+    The third arm of the easy problem is beaten by both.
+    """
+    arms = [  # (name, problem, error, parameters)
+        ('small', 'easy', 0.125, 100),
+        ('large', 'easy', 0.0625, 200),
+        ('beaten', 'easy', 0.25, 300),
+        ('small', 'hard', 5.0, 150),
+        ('large', 'hard', 3.0, 250),
+    ]
+    members = []
+    for arm, problem, error, num_parameters in arms:
+        name = f'{arm}, {problem}'
+        make_run(path / name, arm, dict.fromkeys(SEEDS, error))
+        counts = {'model': num_parameters, 'fusion': 1}
+        change_json(path / name / 'cost.json', parameters=counts)
+        members.append({'name': name, 'overrides': {'problem.system': problem}})
+    write_sweep(path, members, baseline=None, problems=['problem.system'])
+
+
 def change_sweep(path, **changes):
     change_json(path / 'sweep.json', **changes)
 

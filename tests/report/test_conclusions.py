@@ -2,7 +2,8 @@
 
 import pytest
 
-from mi.report import analysis, conclusions, runs
+from mi.report import analysis, conclusions, html, runs, tables
+from mi.report.tables import Cell
 from tests.report import synthetic
 from tests.report.test_tasks import BOTH, THREE, add, take_seeds
 from tests.report.test_tasks import write as write_tasks
@@ -47,6 +48,16 @@ def test_p_is_corrected_for_the_number_of_arms(tmp_path):
     assert gate == (
         'gate and concat: not settled, a difference of +0.00 bits per byte, p = 1.00, 8 seeds.'
     )
+
+
+def test_the_table_marks_no_comparison_that_is_settled(tmp_path):
+    """Holm multiplies the second p, 1/32 of six seeds, by one."""
+    arms = {'concat': CONCAT, 'mi': shift(CONCAT, -0.5), 'film': shift(CONCAT[:6], -0.25)}
+    _, film = conclude(tmp_path, arms)
+    assert film == 'film beats concat by 0.25 bits per byte, p = 0.031, 6 seeds.'
+    results = analysis.compute_results(runs.read_sweep(tmp_path))
+    assert tables.format_test(results[2].test) == Cell('0.031', '', 2 / 2**6)
+    assert html._verdict_class(results[2], Cell('better')) == 'good'
 
 
 def test_an_interval_that_excludes_zero_does_not_settle_a_comparison(tmp_path):

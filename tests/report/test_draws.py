@@ -92,8 +92,8 @@ def test_arms_of_different_problems_are_not_ranked_with_each_other(tmp_path):
         arm: {seed: 10 * error for seed, error in values.items()} for arm, values in small.items()
     }
     finals = {
-        f'{arm}, {seed}': values
-        for seed, arms in (('x', small), ('y', large))
+        f'{arm}, {system}': values
+        for system, arms in (('x', small), ('y', large))
         for arm, values in arms.items()
     }
     write(tmp_path, ([0, 1], [7, 9]), finals)

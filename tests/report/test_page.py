@@ -5,7 +5,7 @@ import subprocess
 
 import pytest
 
-from mi.report import analysis, html, notes, runs
+from mi.report import analysis, figures, html, notes, runs
 from tests.report import chromium, synthetic
 
 pytestmark = pytest.mark.skipif(
@@ -37,10 +37,15 @@ def write(workdir):
     members.append({'name': 'later', 'label': 'later', 'overrides': {'model.width': 16}})
     settings = {'metric': 'success', 'split': 'eval', 'curves': 'eval', 'lower_is_better': False}
     synthetic.write_sweep(workdir, members, title=EVIL, **settings)
+    return render(workdir)
+
+
+def render(workdir):
     sweep = runs.read_sweep(workdir)
     results = analysis.compute_results(sweep)
+    curves = figures.make_curves(sweep)
     file = workdir / 'report.html'
-    file.write_text(html.render_page(sweep, results, notes.make_notes(sweep, results)))
+    file.write_text(html.render_page(sweep, results, curves, notes.make_notes(sweep, results)))
     return file
 
 
@@ -162,6 +167,19 @@ def test_axes_are_chosen(page):
     assert 'parameters' in axis_texts(page, 'pareto')
     choose(page, 'pareto-bar', 'training seconds')
     assert 'training seconds' in axis_texts(page, 'pareto')
+
+
+def test_every_problem_has_a_front_of_its_own(browser, tmp_path):
+    synthetic.write_problems(tmp_path)
+    browser.open(render(tmp_path))
+    fronts = browser(
+        "[...document.querySelectorAll('#pareto .front')].map(p => p.points.numberOfItems)"
+    )
+    assert fronts == [4, 4]  # three points for two arms, and one at the edge
+    circles = "[...document.querySelectorAll('#pareto circle')].map(c => c.getAttribute('r'))"
+    assert browser(circles) == ['5', '5', '4', '5', '5']
+    caption = "document.getElementById('pareto').closest('figure').textContent"
+    assert 'the best mean of each problem for that cost' in browser(caption)
 
 
 def test_the_mouse_reads_the_curves(page):

@@ -8,14 +8,14 @@ from matplotlib.figure import Figure
 
 from experiments.figures import panels
 from mi import report
-from mi.report import plots
-from mi.report.figures import Curve, _later_half_limits
+from mi.report import analysis, plots, runs
+from mi.report.figures import Curve, _draw_pareto, _later_half_limits
 from tests.report import synthetic
 
 
 def curve(*values):
     mean = np.array(values)
-    return Curve(np.arange(1, len(values) + 1), mean, mean - 0.01, mean + 0.01)
+    return Curve(np.arange(1, len(values) + 1), mean, mean - 0.01, mean + 0.01, False)
 
 
 def test_early_losses_that_would_hide_the_end_are_cut_off():
@@ -30,8 +30,20 @@ def test_a_score_that_was_lower_at_first_is_shown_whole():
 
 
 def test_a_flat_curve_has_a_margin():
-    low, high = _later_half_limits([Curve(np.array([1]), *[np.array([2.0])] * 3)])
+    low, high = _later_half_limits([Curve(np.array([1]), *[np.array([2.0])] * 3, False)])
     assert low < 2 < high
+
+
+def test_every_problem_has_a_front_of_its_own(tmp_path):
+    synthetic.write_problems(tmp_path)
+    sweep = runs.read_sweep(tmp_path)
+    figure = _draw_pareto(sweep, analysis.compute_results(sweep))
+    fronts = [
+        line.get_xydata().tolist()
+        for line in figure.axes[0].lines
+        if line.get_drawstyle() == 'steps-post'
+    ]
+    assert fronts == [[[100, 0.125], [200, 0.0625]], [[150, 5.0], [250, 3.0]]]
 
 
 @pytest.mark.parametrize(

@@ -247,6 +247,23 @@ def test_holm_is_statsmodels():
     assert all(test.min_p_holm == pytest.approx(0.001 * len(p)) for test in result[1:])
 
 
+@pytest.mark.parametrize(
+    ('num_first', 'p_holm', 'min_p_holm'), [(8, 2 / 2**6, 2 / 2**6), (5, 4 / 2**6, 4 / 2**6)]
+)
+def test_an_arm_of_few_seeds_is_judged_by_the_rank_that_its_p_can_have(
+    num_first, p_holm, min_p_holm
+):
+    """Six seeds suffice for the second rank, but not for the first of two."""
+    first, second = statistics.correct_holm(
+        [statistics.sign_flip_test(np.ones(n)) for n in (num_first, 6)]
+    )
+    assert (second.p_holm, second.min_p_holm) == (p_holm, min_p_holm)
+    assert second.can_be_significant == first.can_be_significant == (num_first == 8)
+    mixed = statistics.sign_flip_test(np.array([1.0, 1.0, 1.0, -1.0, -1.0, 2.0]))
+    _, mixed = statistics.correct_holm([statistics.sign_flip_test(np.ones(num_first)), mixed])
+    assert mixed.p_holm > statistics.ALPHA and mixed.min_p_holm == min_p_holm
+
+
 @pytest.mark.parametrize('tasks', [None, 1, 2, 3, 5])
 @pytest.mark.parametrize('arms', [1, 2, 5])
 def test_the_seeds_needed_are_the_fewest_that_can_tell(arms, tasks):

@@ -62,6 +62,33 @@ def test_an_arm_of_fewer_tasks_is_not_compared(tmp_path):
     assert [any(arm['costs'].values()) for arm in data['arms']] == [True, False, True]
 
 
+def test_scores_that_move_between_tasks_are_not_equal(tmp_path):
+    """The mean over both tasks is the same, and each of them has the scores of the other."""
+    swapped = {'Pong': BREAKOUT, 'Breakout': PONG}
+    sweeps = [
+        runs.read_sweep(write(tmp_path / name, {'concat': scores}))
+        for name, scores in (('before', BOTH), ('after', swapped))
+    ]
+    (comparison,) = compare.compare_arms(*sweeps)
+    assert comparison.difference.mean == 0 and comparison.test.p == 1
+    assert comparison.verdict == 'no difference seen'
+    (comparison,) = compare.compare_arms(sweeps[0], sweeps[0])
+    assert (comparison.verdict, comparison.test) == ('equal', None)
+
+
+def test_rates_of_several_runs_are_weighted_by_their_seconds(tmp_path):
+    """300 tokens in 1 s, and as many in 3 s."""
+    write(tmp_path, {'concat': BOTH})
+    for task, seconds in (('Pong', 1.0), ('Breakout', 3.0)):
+        record = {'step': 20, 'seconds': seconds, 'tokens_per_second': 300 / seconds}
+        record |= {'mfu': 0.3 / seconds, 'queue': seconds}
+        synthetic.write_lines(tmp_path / f'concat,{task}' / 'timing.jsonl', [record])
+    (arm,) = runs.read_sweep(tmp_path).arms
+    expected = {'step': 20, 'seconds': 2.0, 'tokens_per_second': 150.0, 'mfu': 0.15, 'queue': 2.0}
+    assert arm.timing == [pytest.approx(expected)]
+    assert arm.throughput('token') == pytest.approx(150.0)
+
+
 def test_without_a_baseline_the_arms_of_all_tasks_are_compared(tmp_path):
     write(tmp_path, {'concat': BOTH, 'mi': {'Pong': add(PONG, 500)}}, baseline=None)
     report.write(tmp_path)
