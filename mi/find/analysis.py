@@ -167,7 +167,7 @@ def _list_streams(names: list[str], mask: int) -> tuple[str, ...]:
 def _make_interaction(
     product: Product, describe: Callable[[int], tuple[str, ...]], total: int
 ) -> Interaction:
-    flops = product.flops * (product.scope.times or 1)
+    flops = product.flops * product.scope.times
     return Interaction(
         motif=product.motif,
         primitive=product.primitive,
@@ -178,7 +178,7 @@ def _make_interaction(
         shape=product.shape,
         path=product.scope.path,
         source=product.source,
-        times=product.scope.times,
+        times=product.scope.known_times,
         flops=flops,
         share=flops / total if total else 0.0,
     )

@@ -78,14 +78,13 @@ def _make_candidate(group: Sequence[Meeting], names: dict[int, str]) -> Candidat
     k = sum(other.features for other in group)
     num_rows = math.prod(meeting.shape) // max(1, meeting.features)
     rank = min(RANK, n, m, k)
-    times = meeting.scope.times or 1
     params = {'full': m * n * k, 'low rank': rank * (m + n + k), 'diagonal': m * k}
     row_flops = {
         'full': 2 * m * n * k + 2 * n * k,
         'low rank': 2 * params['low rank'] + rank,
         'diagonal': 2 * m * k + 2 * k,
     }
-    flops = {form: times * num_rows * cost for form, cost in row_flops.items()}
+    flops = {form: meeting.scope.times * num_rows * cost for form, cost in row_flops.items()}
     return Candidate(
         kind=meeting.kind,
         x=names[meeting.left.streams],
@@ -96,7 +95,7 @@ def _make_candidate(group: Sequence[Meeting], names: dict[int, str]) -> Candidat
         rank=rank,
         path=meeting.scope.path,
         source=meeting.source,
-        times=meeting.scope.times,
+        times=meeting.scope.known_times,
         params=params,
         flops=flops,
     )

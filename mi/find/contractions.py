@@ -7,13 +7,22 @@ from mi.find.motifs import Contraction
 from mi.find.primitives import SCATTERS, get_dimension_numbers
 from mi.find.records import Equation, Geometry
 from mi.find.trace import Trace
-from mi.find.values import Source, Value, add_degrees, blend, get_sources
+from mi.find.values import (
+    Source,
+    Value,
+    add_degrees,
+    blend,
+    get_sources,
+    max_degrees,
+    unbind,
+)
 
 
 def contract(trace: Trace, equation: Equation) -> Value:
     """Return the result of a product that sums over axes of both sides.
 
-    A ragged product has a third operand, the sizes of its groups.
+    A ragged product has a third operand, the sizes of its groups. If they depend on data, they
+    choose which entries of the side without data are multiplied.
     """
     left, right, *groups = equation.inputs
     axes, batch = get_dimension_numbers(equation.eqn, left, right)
@@ -21,8 +30,10 @@ def contract(trace: Trace, equation: Equation) -> Value:
     sizes = [value for value in groups if value.streams]
     if not (left.streams or right.streams):  # only the group sizes depend on data
         return trace.identify(blend(equation.inputs, equation.shape))
-    if left.streams and not right.streams and sizes:
+    if sizes and not right.streams:
         right = blend([right, *sizes], right.shape)._replace(is_chosen=True)
+    elif sizes and not left.streams:
+        left = blend([left, *sizes], left.shape)._replace(is_chosen=True)
     if left.streams and right.streams:
         product = equation._replace(inputs=[left, right, *groups])
         return _contract_data(trace, product, contraction)
@@ -45,8 +56,10 @@ def contract(trace: Trace, equation: Equation) -> Value:
 
 def _contract_data(trace: Trace, equation: Equation, contraction: Contraction) -> Value:
     """Return the result of a product whose two sides both depend on data."""
-    left, right, *_ = equation.inputs
+    left, right, *groups = equation.inputs
     value = blend(equation.inputs, equation.shape)._replace(degrees=add_degrees(left, right))
+    if groups:
+        value = value._replace(degrees=max_degrees([value, *unbind(groups)]))
     product = equation._replace(inputs=[left, right])
     sides = (
         (left, contraction.left, contraction.left_batch),
@@ -102,11 +115,25 @@ def _map_affine(
 
 def map_linearly(trace: Trace, equation: Equation) -> Value:
     """Return the result of a linear map: a Fourier transform, a scatter, or a complex number."""
-    inputs, shape = equation.inputs, equation.shape
-    value = trace.identify(blend(inputs, shape, is_polynomial=True))
-    data = [operand for operand in inputs if operand.streams]
+    operands, indices = _split_indices(equation)
+    shape = equation.shape
+    value = trace.identify(blend([*operands, *unbind(indices)], shape, is_polynomial=True))
+    # Constants at indices from data are a linear map of a one-hot code, as in a gather.
+    data = [operand for operand in operands if operand.streams]
+    data = data or [index for index in indices if index.streams]
     sources = tuple(source for operand in data for source in get_sources(operand))
     is_overwritten = equation.name in SCATTERS and 'add' not in equation.name
     if is_overwritten and not all(operand.linear for operand in data):
         sources = ()
     return value._replace(linear=tuple(dict.fromkeys(sources)), features=(len(shape) - 1,))
+
+
+def _split_indices(equation: Equation) -> tuple[list[Value], list[Value]]:
+    """Return the operands that a linear map is linear in, and the indices of a scatter."""
+    inputs = equation.inputs
+    if equation.name == 'dynamic_update_slice':
+        return inputs[:2], inputs[2:]
+    if equation.name in SCATTERS:
+        array, indices, updates = inputs
+        return [array, updates], [indices]
+    return inputs, []

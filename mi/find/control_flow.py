@@ -143,7 +143,7 @@ def iterate(interpreter: Interpreter, step: Step, carry: list[Value], scope: Sco
     outputs = _iterate_carry(interpreter, step_with_contents, [*carry, *initial], scope)
     finals = outputs[num_carry : num_carry + len(written)]
     for ref, first, final in zip(written, initial, finals, strict=True):
-        if scope.times is None:  # perhaps never written
+        if scope.is_in_while:  # perhaps never written
             streams, degrees = first.streams | final.streams, max_degrees([first, final])
             interpreter.contents[ref] = final._replace(streams=streams, degrees=degrees)
         elif interpreter.contents[ref].carried:

@@ -1,7 +1,7 @@
 """Rules for elementwise primitives: sums, products, powers, selections, nonlinear functions."""
 
 from mi.find import motifs
-from mi.find.primitives import COMPARISONS, is_integer
+from mi.find.primitives import COMPARISONS, is_boolean, is_integer
 from mi.find.records import Equation, Geometry
 from mi.find.trace import Trace
 from mi.find.values import (
@@ -19,11 +19,18 @@ SQUASHES = {'logistic': 'sigmoid', 'tanh': 'tanh'}
 
 
 def convert(trace: Trace, equation: Equation) -> list[Value]:
-    """Return values with another dtype or placement, whose degrees only change for integers."""
+    """Return values with another dtype or placement.
+
+    Conversions to integers round, and those to booleans compare with zero.
+    """
     shapes = zip(equation.inputs, equation.shapes, strict=False)
     values = [value._replace(shape=shape) for value, shape in shapes]
-    if equation.name == 'convert_element_type' and is_integer(equation.eqn.outvars[0]):
+    if equation.name != 'convert_element_type':
+        return values
+    if is_integer(equation.eqn.outvars[0]):
         return [value._replace(degrees=unbound_degrees([value])) for value in values]
+    if is_boolean(equation.eqn.outvars[0]):
+        return [_squash('ne', value) for value in values]
     return values
 
 

@@ -112,11 +112,6 @@ def is_dynamic_convolution(weights: Value, windows: Value) -> bool:
     return windows.num_windows > 1 and bool(weights.is_softmax or weights.linear)
 
 
-def is_statistic(scale: Value, value: Value) -> bool:
-    """Return whether one value is a function of statistics of the other."""
-    return value.origin in scale.reduced
-
-
 def _mixes_positions(left: Value, right: Value, contraction: Contraction | None) -> bool:
     """Return whether a softmax is contracted with axes that are not features of an affine map."""
     if contraction is None:

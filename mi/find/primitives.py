@@ -57,6 +57,11 @@ def is_integer(var: Any) -> bool:
     return 'int' in str(getattr(var.aval, 'dtype', ''))
 
 
+def is_boolean(var: Any) -> bool:
+    """Return whether a jaxpr's variable holds booleans."""
+    return str(getattr(var.aval, 'dtype', '')) == 'bool'
+
+
 def is_product(name: str) -> bool:
     """Return whether a primitive contracts axes of two operands."""
     return 'dot' in name or name in SCALED

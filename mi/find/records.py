@@ -15,23 +15,30 @@ class Scope(NamedTuple):
 
     Attributes:
       path: the names of the enclosing modules.
-      times: number of times that it runs, or None if it depends on a while loop.
+      times: number of times that it runs, counting one iteration of each while loop.
+      is_in_while: whether a while loop encloses it, so that its number of runs is unknown.
       frame: the source line of the enclosing call, for equations that have no line.
       is_recording: whether products are recorded.
       num_devices: number of devices of a shard_map that execute it.
     """
 
     path: str = ''
-    times: int | None = 1
+    times: int = 1
+    is_in_while: bool = False
     frame: str = ''
     is_recording: bool = True
     num_devices: int = 1
 
     def repeat(self, times: int | None) -> 'Scope':
         """Return the scope of a loop's body, where `times` is None if the trip count is unknown."""
-        if self.times is None or times is None:
-            return self._replace(times=None)
+        if times is None:
+            return self._replace(is_in_while=True)
         return self._replace(times=self.times * times)
+
+    @property
+    def known_times(self) -> int | None:
+        """Return the number of times that it runs, or None if it depends on a while loop."""
+        return None if self.is_in_while else self.times
 
 
 class Equation(NamedTuple):

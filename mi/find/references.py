@@ -5,7 +5,7 @@ from mi.find.interpreter import Interpreter
 from mi.find.primitives import get_shape
 from mi.find.records import Equation
 from mi.find.shapes import look_up
-from mi.find.values import Value, blend, unbound_degrees
+from mi.find.values import Value, blend, unbind
 
 
 def make_reference(interpreter: Interpreter, content: Value) -> Value:
@@ -66,11 +66,10 @@ def _write(interpreter: Interpreter, content: Value, value: Value, indices: list
     """Return the new content of a reference after a write."""
     if not indices and value.shape == content.shape:
         return value
-    unbound = [index._replace(degrees=unbound_degrees([index])) for index in indices]
     is_first = not (content.streams or content.has_params)
     if is_first and not any(index.streams for index in indices):
         return interpreter.identify(value._replace(shape=content.shape, parts=()))
-    merged = blend([content, value, *unbound], content.shape, is_polynomial=True)
+    merged = blend([content, value, *unbind(indices)], content.shape, is_polynomial=True)
     return interpreter.identify(merged)._replace(
         products=content.products | value.products,
         mapped_products=content.mapped_products | value.mapped_products,

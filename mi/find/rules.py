@@ -93,8 +93,7 @@ def _count_flops(interpreter: Interpreter, equation: Equation) -> None:
         return
     scope = equation.scope
     flops = primitives.count_flops(equation.eqn, equation.inputs, equation.shape)
-    num_runs = 1 if scope.times is None else scope.times
-    interpreter.flops += scope.num_devices * flops * num_runs
+    interpreter.flops += scope.num_devices * flops * scope.times
 
 
 def _make_constants(interpreter: Interpreter, equation: Equation) -> list[Value]:

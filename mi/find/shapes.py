@@ -7,7 +7,7 @@ from jax.extend import core
 from mi.find import motifs
 from mi.find.records import Equation
 from mi.find.trace import Trace
-from mi.find.values import Source, Value, blend, max_degrees, unbound_degrees, unite
+from mi.find.values import Source, Value, blend, max_degrees, unbind, unite
 
 
 def move(trace: Trace, equation: Equation) -> list[Value]:
@@ -201,6 +201,5 @@ def gather(trace: Trace, equation: Equation) -> Value:
 def look_up(trace: Trace, equation: Equation, value: Value, indices: list[Value]) -> Value:
     """Record and return entries of data that are selected by data."""
     chosen = trace.identify(blend([value, *indices], equation.shape))
-    unbound = [index._replace(degrees=unbound_degrees([index])) for index in indices]
     trace.record(equation._replace(inputs=[value, indices[0]]), motifs.ROUTING)
-    return chosen._replace(degrees=max_degrees([value, *unbound]))
+    return chosen._replace(degrees=max_degrees([value, *unbind(indices)]))

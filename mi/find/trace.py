@@ -127,7 +127,7 @@ class Trace:
         left, right = inputs
         scope = equation.enter()
         flops = scope.num_devices * count_flops(eqn, inputs, shape)
-        key = motif, scope.path, scope.times, *sorted((left.root, right.root))
+        key = motif, scope.path, scope.times, scope.is_in_while, *sorted((left.root, right.root))
 
         # Another term of a product that is recorded.
         index = self._merged.get(key)

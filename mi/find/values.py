@@ -90,11 +90,6 @@ class Value(NamedTuple):
     pending: frozenset[int] = NO_IDS
     ref: int = 0
 
-    @property
-    def is_data(self) -> bool:
-        """Return whether the array depends on any stream."""
-        return self.streams != 0
-
     def identify(self, value_id: int) -> 'Value':
         """Return the value with `value_id` as its identity, as a separate array."""
         return self._replace(base=value_id, origin=value_id, root=value_id)
@@ -113,6 +108,11 @@ def add_degrees(left: Value, right: Value) -> tuple[float, ...]:
 def unbound_degrees(values: Sequence[Value]) -> tuple[float, ...]:
     """Return the degrees of a function that is not a polynomial."""
     return tuple(INFINITY if degree else 0 for degree in max_degrees(values))
+
+
+def unbind(values: Iterable[Value]) -> list[Value]:
+    """Return the values with the degrees of functions that are not polynomials."""
+    return [value._replace(degrees=unbound_degrees([value])) for value in values]
 
 
 def blend(values: Sequence[Value], shape: tuple[int, ...], is_polynomial: bool = False) -> Value:

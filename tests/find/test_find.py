@@ -297,6 +297,33 @@ def test_a_while_loop_runs_unknown_times():
     assert '× while' in str(report)
 
 
+@pytest.mark.parametrize('is_outside', [False, True])
+def test_a_scan_and_a_while_loop_count_the_steps_that_are_known(is_outside):
+    """100 steps of N products each and a cosine, in one iteration of the loop or around it."""
+
+    def scan(step, x):
+        return jax.lax.scan(lambda x, _: (step(x), None), x, length=100)[0]
+
+    def repeat(step, x):
+        return jax.lax.while_loop(lambda x: x[0] < 9, step, x)
+
+    outer, inner = (scan, repeat) if is_outside else (repeat, scan)
+
+    def run(params, x, z):
+        return outer(lambda x: inner(lambda x: jnp.cos(x) * z, x), x)
+
+    report = find(run, None, x=spec(N), z=spec(N))
+    (product,) = report.interactions
+    assert (product.times, product.flops) == (None, 100 * N)
+    assert report.flops == 2 * 100 * N + (100 if is_outside else 1)  # and the comparisons
+
+    def meet(params, x, z):
+        return outer(lambda x: inner(lambda x: jnp.cos(x) @ params + z @ params, x), x)
+
+    (candidate,) = find(meet, spec(N, N), x=spec(N), z=spec(N)).candidates
+    assert candidate.times is None and candidate.flops['diagonal'] == 100 * (2 * N * N + 2 * N)
+
+
 def test_a_call_that_cannot_be_read_is_noted():
     def call(params, x, z):
         result = jax.ShapeDtypeStruct(x.shape, x.dtype)
@@ -371,6 +398,10 @@ def test_a_residual_connection_is_no_candidate():
         (lambda x, z: x + 1, 'affine in x, independent of z'),
         (lambda x, z: z / x, 'affine in z, not polynomial in x'),
         (lambda x, z: jnp.where(z > 0, x, 0), 'affine in x, not polynomial in z'),
+        (lambda x, z: x + z.astype(bool), 'affine in x, not polynomial in z'),
+        (lambda x, z: x + z.astype(int), 'affine in x, not polynomial in z'),
+        (lambda x, z: x + z.astype(jnp.float16), 'bi-affine in x and z'),
+        (lambda x, z: x[0, z[0].astype(jnp.uint32)], 'affine in x, not polynomial in z'),
         (lambda x, z: jnp.fft.rfft(x)[:, :2].real * z[:, :1], 'bi-affine in x and z'),
         (
             lambda x, z: jnp.fft.ifft(jnp.fft.fft(x) * jnp.conj(jnp.fft.fft(z))).real,

@@ -74,6 +74,46 @@ def test_group_sizes_alone_are_no_product_but_a_dependence():
     report = find_in(lambda params, sizes: jax.lax.ragged_dot(*params, sizes), (ROUTED, TABLE),
                      sizes=SIZES)  # fmt: skip
     assert not report.interactions and not report.notes
+    assert report.outputs[0].describe() == 'not polynomial in sizes'
+
+
+def test_group_sizes_of_data_are_routing_for_a_table_of_data_too():
+    report = find_in(lambda rows, z, sizes: jax.lax.ragged_dot(rows, z, sizes), ROUTED, z=TABLE,
+                     sizes=SIZES)  # fmt: skip
+    assert motifs(report) == ['routing'] and sides(report) == ['sizes · z']
+    assert report.outputs[0].describe() == 'affine in z, not polynomial in sizes'
+
+
+def test_a_ragged_product_of_two_streams_depends_on_its_group_sizes():
+    report = find_in(lambda _, x, z, sizes: jax.lax.ragged_dot(x, z, sizes), x=ROUTED, z=TABLE,
+                     sizes=SIZES)  # fmt: skip
+    assert sides(report) == ['x · z']
+    text = report.outputs[0].describe()
+    assert text == 'affine in x, affine in z, not polynomial in sizes'
+
+
+# ------------------------------------------------------------------------------ scatters
+
+
+@pytest.mark.parametrize('dtype', [jnp.int32, jnp.uint32])
+@pytest.mark.parametrize(
+    'function',
+    [
+        lambda _, x, i: jax.ops.segment_sum(x, i, 4),
+        lambda _, x, i: jnp.zeros((16, N)).at[i].set(x),
+        lambda _, x, i: jax.lax.dynamic_update_slice(jnp.zeros((16, N)), x, (i[0], i[1])),
+        lambda _, x, i: x.at[i].add(1.0),
+    ],
+)
+def test_a_scatter_is_linear_in_its_updates_and_not_in_its_indices(function, dtype):
+    report = find_in(function, x=ROUTED, i=jax.ShapeDtypeStruct((10,), dtype))
+    assert report.outputs[0].describe() == 'affine in x, not polynomial in i'
+    assert 'as_mi' not in str(report)
+
+
+def test_a_scatter_of_constants_is_not_polynomial_in_its_indices():
+    report = find_in(lambda _, i: jax.ops.segment_sum(jnp.ones(3), i, 4), i=SIZES)
+    assert report.outputs[0].describe() == 'not polynomial in i'
 
 
 SCALED, OTHER = spec(2, 4, 64), spec(2, 3, 64)
