@@ -49,16 +49,18 @@ NOTES = [
 SEEDS = (5, 6, 7, 8, 9) if TUNING else (0, 1, 2, 3, 4)
 LARGE = 245  # features and LSTM of a concat agent with the parameters of mi
 ARMS: dict[str, Overrides] = {  # label → overrides
-    **{
-        name: {'model.fusion.name': name} for name in ('mi', 'concat', 'none', 'multi_head', 'film')
-    },
-    'mi_low_rank': {'model.fusion.name': 'mi_low_rank'},
+    'mi': {'model.fusion.name': 'mi'},
     'concat, large': {
         'model.fusion.name': 'concat',
         'model.features': LARGE,
         'model.hidden': LARGE,
     },
+    'concat': {'model.fusion.name': 'concat'},
+    'multi_head': {'model.fusion.name': 'multi_head'},
+    'mi_low_rank': {'model.fusion.name': 'mi_low_rank'},
     'film, random': {'model.fusion.name': 'film', 'model.fusion.options.gamma_variance': 1.0},
+    'film': {'model.fusion.name': 'film'},
+    'none': {'model.fusion.name': 'none'},
 }
 TUNED_KEYS = ('optim.learning_rate', 'loss.entropy_cost')
 
