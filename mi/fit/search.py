@@ -160,7 +160,8 @@ class _Search:
         """Train at one width after another until the bracket of every seed is closed."""
         config, run, widths = self._config, self._run, self._grids[config_value]
         probes = self._probes.setdefault(config_value, {})
-        seconds = 0.0  # sum over all probes of the value; the last record of a step is what counts
+        # The sum over all probes of the value, because the last record of a step is what counts.
+        seconds = self._read_seconds(step) if probes else 0.0
         for records in probes.values():
             _write_probe(log, step, config.seeds, config_value, records)
         while True:
@@ -186,6 +187,14 @@ class _Search:
             log.show_progress(step, f'{probe_title}: mse {error_range}', '')
             if run.should_stop(recorded=True):
                 run.exit_preempted()
+
+    def _read_seconds(self, step: int) -> float:
+        """Return the seconds that the probes of a step took before the run was resumed."""
+        timings = logger.read_records(self._run.path / 'timing.jsonl')
+        return next(
+            (float(record['seconds']) for record in reversed(timings) if record['step'] == step),
+            0.0,
+        )
 
 
 def _guess(highest_places: list[int]) -> int:
@@ -258,6 +267,8 @@ def probe(config: ml_collections.ConfigDict, width: int) -> list[logger.Record]:
         sharded_advance, train_state, seeds, update_scales, level=1, donate_argnums=0
     )
 
+    num_parameters = factory.count_parameters(problem)
+
     # The lowest error of each pair at any evaluation so far.
     lowest_errors = np.full(grid_shape, np.finfo(np.float64).max)
     for _ in range(num_steps // eval_every):
@@ -270,7 +281,7 @@ def probe(config: ml_collections.ConfigDict, width: int) -> list[logger.Record]:
     return [
         {
             'width': width,
-            'parameters': factory.count_parameters(problem),
+            'parameters': num_parameters,
             'mse': float(np.min(seed_errors)),
             'learning_rate': float(learning_rates[np.argmin(seed_errors)]),
         }

@@ -74,10 +74,10 @@ class MetricsWriter:
             # Repeat the step of the checkpoint: part of it may have come after the checkpoint.
             self._tensorboard = TensorBoard(path / 'tensorboard', step if position else 0)
             stack.callback(self._tensorboard.close)
-            for record in _read_records(path / 'metrics.jsonl', 0, position):
+            for record in read_records(path / 'metrics.jsonl', 0, position):
                 if record['step'] == step:
                     self._tensorboard.write(step, _name_scalars(record))
-            for record in _read_records(path / 'timing.jsonl'):
+            for record in read_records(path / 'timing.jsonl'):
                 if record.pop('step') == step and position:
                     self._tensorboard.write(step, _name_timings(record))
             if tracker:
@@ -161,15 +161,15 @@ def _count_records_since(
 ) -> collections.Counter[RecordKey]:
     """Count the records after a checkpoint, which the tracker has already received."""
     record_counts = collections.Counter[RecordKey]()
-    for record in _read_records(path / 'metrics.jsonl', position):
+    for record in read_records(path / 'metrics.jsonl', position):
         record_counts[record['step'], record['seed'], record['split']] += 1
-    for record in _read_records(path / 'timing.jsonl'):
+    for record in read_records(path / 'timing.jsonl'):
         if record['step'] > step or position == 0:
             record_counts[record['step'],] = 1
     return record_counts
 
 
-def _read_records(file: pathlib.Path, start: int = 0, end: int | None = None) -> list[Record]:
+def read_records(file: pathlib.Path, start: int = 0, end: int | None = None) -> list[Record]:
     """Return the records of the complete lines between two positions of a file."""
     records = []
     contents = file.read_bytes() if file.exists() else b''

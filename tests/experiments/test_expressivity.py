@@ -249,11 +249,13 @@ def test_a_stopped_search_resumes_and_tries_no_width_twice(tmp_path, monkeypatch
     monkeypatch.setattr('mi.fit.factory.largest_width', lambda config: 300)
     changes = {'search.at': (2, 4, 8), 'search.fit_from': 2, 'search.per_octave': 32}
     ticks = itertools.count()
-    with monkeypatch.context() as patch:
-        patch.setattr(search.time, 'perf_counter', lambda: float(next(ticks)))
-        search.search(config(**changes), str(tmp_path / 'whole'))
-    arm = runs.read_sweep(tmp_path / 'whole').arms[0]
-    assert arm.training_seconds()[1][-1] >= len(probed)  # a probe is a tick at least
+    monkeypatch.setattr(search.time, 'perf_counter', lambda: float(next(ticks)))
+
+    def count_seconds(run_name):
+        return runs.read_sweep(tmp_path / run_name).arms[0].training_seconds()[1][-1]
+
+    search.search(config(**changes), str(tmp_path / 'whole'))
+    assert count_seconds('whole') >= len(probed)  # a probe is a tick at least
     num_probes, probed[:] = len(probed), []
     monkeypatch.setattr('mi.training.run_dir.Run.should_stop', lambda this, recorded: True)
     for _ in range(num_probes):
@@ -262,6 +264,7 @@ def test_a_stopped_search_resumes_and_tries_no_width_twice(tmp_path, monkeypatch
         assert stopped.value.code == PREEMPTED
     search.search(config(**changes), str(tmp_path / 'stopped'))
     assert len(probed) == len(set(probed)) == num_probes
+    assert count_seconds('stopped') >= num_probes
     whole, stopped = (
         (tmp_path / run_name / 'metrics.jsonl').read_bytes() for run_name in ('whole', 'stopped')
     )
