@@ -7,9 +7,11 @@ value.
 
 import contextlib
 import difflib
+import errno
 import importlib.metadata
 import inspect
 import math
+import os
 import pathlib
 import re
 import shlex
@@ -56,6 +58,22 @@ def name_config_keys(config_keys: Mapping[str, str]) -> Iterator[None]:
         yield
     except ArgumentError as error:
         raise UserError(re.sub(r'`(\w+)((?:\.\w+)*)`', name_key, str(error))) from error
+
+
+@contextlib.contextmanager
+def name_output(flag: str, file: pathlib.Path) -> Iterator[None]:
+    """Create the folder of a file to write, and name the file's flag if either cannot be written.
+
+    Raises:
+      UserError: if writing fails.
+    """
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if file.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        yield
+    except OSError as error:
+        raise UserError(f'--{flag}={file}: {error.strerror or error}. Use another file') from error
 
 
 def format_error(error: BaseException) -> str:

@@ -18,6 +18,7 @@ from configs import rl as rl_configs
 from mi.config import UserError
 from mi.export import __main__ as cli
 from mi.export import program
+from mi.export.parameters import save_params
 from mi.lm import factory as lm
 from mi.lm import train as train_lm
 from mi.lm.restore import restore
@@ -183,6 +184,8 @@ def test_a_trained_language_model_is_rebuilt_from_its_file(tmp_path, texts):
 @pytest.mark.parametrize(
     ('flags', 'message'),
     [
+        ([], 'the following arguments are required: --workdir; see --help'),
+        (['--workdir=none', '--seed=a'], "argument --seed: invalid int value: 'a'"),
         (['--workdir=none'], 'expected --out=FILE.safetensors, --program=FILE, or both'),
         (['--workdir=none', '--out=a'], '--workdir=none: expected a run directory'),
         (['--workdir=none', '--out=a', '--platforms=cpu,tpuu'], "did you mean 'tpu'"),
@@ -191,6 +194,27 @@ def test_a_trained_language_model_is_rebuilt_from_its_file(tmp_path, texts):
 def test_bad_flags_end_with_one_line(flags, message, tmp_path):
     with pytest.raises(UserError, match=re.escape(message)):
         cli.main(flags)
+
+
+@pytest.mark.parametrize('flag', ['out', 'program'])
+def test_an_output_that_cannot_be_written_is_refused_before_the_restore(
+    flag, tmp_path, monkeypatch
+):
+    def refuse_restore(config, workdir):
+        raise AssertionError('restored')
+
+    monkeypatch.setitem(cli.RESTORE, 'lm', refuse_restore)
+    (tmp_path / 'config.json').write_text(make_lm().to_json())
+    for file, reason in (('config.json/a', 'File exists'), ('', 'Is a directory')):
+        message = f'--{flag}={tmp_path / file}: {reason}. Use another file'
+        with pytest.raises(UserError, match=re.escape(message)):
+            cli.main([f'--workdir={tmp_path}', f'--{flag}={tmp_path / file}'])
+
+
+def test_a_safetensors_file_that_cannot_be_written_is_an_os_error(tmp_path):
+    pytest.importorskip('safetensors')
+    with pytest.raises(OSError, match='No such file or directory'):
+        save_params(tmp_path / 'missing/a.safetensors', {'w': np.zeros(2)}, {}, {})
 
 
 def test_what_is_no_exported_file_is_refused(tmp_path):

@@ -11,14 +11,14 @@ import operator
 import pathlib
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import ml_collections
 from chex import ArrayTree
 
 from mi import precision
-from mi.config import UserError, suggest
+from mi.config import UserError, name_output, suggest
 from mi.export import program
 from mi.export.parameters import save_params
 from mi.lm import factory as lm
@@ -28,6 +28,13 @@ from mi.rl.restore import restore_params
 from mi.training import sharding
 from mi.training.host import set_xla_flags
 from mi.training.run_config import read_config
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f'{message}; see --help')
 
 
 class Trained(NamedTuple):
@@ -62,6 +69,10 @@ def main(argv: Sequence[str]) -> None:
             f'--workdir={options.workdir}: expected a run with config.task = '
             f'{" or ".join(RESTORE)} (got {config.get("task")!r})'
         )
+    for flag in ('out', 'program'):  # before the restore, which takes longer
+        if file := getattr(options, flag):
+            with name_output(flag, pathlib.Path(file)):
+                pass
     trained = RESTORE[config.task](config, options.workdir)
     seeds = list(config.seeds)
     seed = seeds[0] if options.seed is None else options.seed
@@ -72,13 +83,17 @@ def main(argv: Sequence[str]) -> None:
     # Write the files.
     if options.out:
         about = {'seed': seed, **trained.about}
-        save_params(pathlib.Path(options.out), params, trained.config.to_dict(), about)
+        file = pathlib.Path(options.out)
+        with name_output('out', file):
+            save_params(file, params, trained.config.to_dict(), about)
         print(options.out)
     if options.program:
         with precision.use_config(trained.config):
             step, make_args = trained.make_step(params, options.length)
             exported = program.export_step(step, make_args, options.platforms, options.batch)
-        pathlib.Path(options.program).write_bytes(program.serialize(exported))
+        file = pathlib.Path(options.program)
+        with name_output('program', file):
+            file.write_bytes(program.serialize(exported))
         print(options.program)
 
 
@@ -88,7 +103,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     Raises:
       UserError: if no output file is given, or a flag has an invalid value.
     """
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog='python -m mi.export', description='Export a trained run.', allow_abbrev=False
     )
     parser.add_argument('--workdir', required=True, help='run directory')

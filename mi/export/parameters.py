@@ -36,15 +36,20 @@ def save_params(
     """Write the parameters of one seed, naming arrays by path, such as 'core/layer_0/kernel'.
 
     Raises:
+      OSError: if the file cannot be written.
       UserError: if safetensors is not installed.
     """
+    safetensors = _import_safetensors()
     leaves, _ = jax.tree.flatten_with_path(params)
     arrays = {
         SEPARATOR.join(str(entry.key) for entry in path): np.ascontiguousarray(leaf)
         for path, leaf in leaves
     }
     metadata = {'format': 'flax', 'config': json.dumps(config), 'about': json.dumps(about)}
-    _import_safetensors().numpy.save_file(arrays, str(file), metadata)
+    try:
+        safetensors.numpy.save_file(arrays, str(file), metadata)
+    except safetensors.SafetensorError as error:
+        raise OSError(str(error)) from error
 
 
 def load_params(file: str | pathlib.Path) -> ExportedParams:

@@ -7,11 +7,12 @@ The command prints the report. --out also writes it to a file, as HTML, Markdown
 on the suffix.
 """
 
+import pathlib
 import sys
 
 from absl import app, flags
 
-from mi.config import UserError
+from mi.config import UserError, name_output
 from mi.find.analysis import find
 from mi.find.report import Report
 from mi.registry import import_object
@@ -25,13 +26,14 @@ def main(argv: list[str]) -> None:
         sys.exit('error: expected one factory. Try python -m mi.find my_package.model:build')
     try:
         report = analyze(argv[1])
+        if CONFIRM.value:
+            report = report.confirm()
+        print(report)
+        if OUT.value:
+            with name_output('out', pathlib.Path(OUT.value)):
+                report.save(OUT.value)
     except (UserError, ValueError) as error:
         sys.exit(f'error: {error}')
-    if CONFIRM.value:
-        report = report.confirm()
-    print(report)
-    if OUT.value:
-        report.save(OUT.value)
 
 
 def analyze(reference: str) -> Report:

@@ -548,12 +548,13 @@ def test_the_command_analyzes_a_factory(tmp_path):
     assert done.returncode == 0, done.stderr
     assert '1 interaction (1 unnamed)' in done.stdout and 'confirmed' in done.stdout
     assert (tmp_path / 'report.html').read_text().startswith('<!doctype html>')
-    for name, message in [
+    for name, message, *options in [
         ('build_untraceable', 'cannot be traced'),
         ('build_nothing', 'expected (function, params, streams)'),
         ('missing', 'expected an object of the module'),
+        ('build', f'--out={tmp_path}: Is a directory. Use another file', f'--out={tmp_path}'),
     ]:
-        done = run_command(f'tests.find.test_find:{name}')
+        done = run_command(f'tests.find.test_find:{name}', *options)
         assert done.returncode == 1 and message in done.stderr
         assert done.stderr.strip().count('\n') == 0 and done.stderr.startswith('error: ')
 
