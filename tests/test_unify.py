@@ -18,7 +18,7 @@ from mi import (
     fusion,
 )
 from mi.motifs.conditioning import Gate
-from mi.unify import CONVERTERS, as_mi, explain
+from mi.unify import CONVERTERS, as_mi, compute_tensors, explain
 from mi.unify.explanation import describe_form
 from tests.motifs.checks import drawn, is_its_composition, random
 
@@ -217,6 +217,9 @@ def test_integers_are_taken_as_the_contexts_that_they_stand_for(form):
     expected = module.apply(variables, x, ids)
     np.testing.assert_allclose(composition.output, expected, rtol=1e-5, atol=1e-5)
     assert composition.products[0].W.shape[0] == M
+    if form in ('mi', 'mi_low_rank', 'mi_tucker'):
+        tensors = compute_tensors(variables)
+        np.testing.assert_allclose(tensors.apply(x, ids), expected, rtol=1e-5, atol=1e-5)
     if form in ('mi', 'layer_norm'):  # one product, and several
         assert f'[{M}, ' in explain(module, variables, x, ids)
 

@@ -26,10 +26,13 @@ class Tensors(NamedTuple):
     b: np.ndarray | None
 
     def apply(self, x: 'ArrayLike', z: 'ArrayLike') -> np.ndarray:
-        """Return f(x, z) [..., k] for x [..., n] and z [..., m] or integer ids z [...]."""
+        """Return f(x, z) [..., k] for x [..., n] and z [..., m] or integer ids z [...].
+
+        Ids outside of [0, m) are clipped, as in the layers.
+        """
         inputs, contexts = np.asarray(x, np.float64), np.asarray(z)
         if np.issubdtype(contexts.dtype, np.integer):
-            contexts = np.eye(len(self.W))[contexts]
+            contexts = np.eye(len(self.W))[np.clip(contexts, 0, len(self.W) - 1)]
         contexts = contexts.astype(np.float64)
         output = np.einsum('...m,mnk,...n->...k', contexts, self.W, inputs, optimize=True)
         if self.U is not None:
