@@ -196,6 +196,8 @@ def test_a_low_rank_form_is_compressed_further():
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     [
+        ({'form': 'cp', 'rank': 2, 'blocks': 2}, r"blocks = 2: expected None for form = 'cp'"),
+        ({'form': 'block', 'rank': 2, 'blocks': 2}, r"rank = 2: expected None for form = 'block'"),
         ({'form': 'pc', 'rank': 2}, "form = 'pc' is unknown; known: block, cp, tucker"),
         ({'form': 'cp'}, r"rank = None: expected at least 1 for form = 'cp'"),
         ({'form': 'block', 'rank': 2}, r'blocks = None: expected at least 1'),

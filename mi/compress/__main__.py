@@ -50,6 +50,12 @@ def main(argv: list[str], changes: list[overrides.Override]) -> None:
     size_name, size = ('blocks', BLOCKS.value) if form == 'block' else ('rank', RANK.value)
     if size is None or size < 1:
         raise UserError(f'--{size_name}={size}: expected at least 1 for --form={form}')
+    unused = RANK if form == 'block' else BLOCKS
+    if unused.value is not None:
+        raise UserError(
+            f'--{unused.name}={unused.value}: only applies to '
+            f'--form={"cp and --form=tucker" if form == "block" else "block"}; remove it'
+        )
     if CALIBRATION.value < 0:
         raise UserError(f'--calibration={CALIBRATION.value}: expected at least 0')
     logging.set_verbosity(logging.WARNING)  # orbax writes a page per checkpoint

@@ -71,7 +71,8 @@ def compress(
         is approximated.
 
     Raises:
-      ValueError: if the form is unknown, its size is missing, or `variables` have no W [m, n, k].
+      ValueError: if the form is unknown, its size is missing or that of another form is given, or
+        `variables` have no W [m, n, k].
       ImportError: if TensorLy is not installed, for 'cp' and 'tucker'.
     """
     # Check the form and its size, and compute W.
@@ -80,6 +81,9 @@ def compress(
     size_name, size = ('blocks', blocks) if form == 'block' else ('rank', rank)
     if size is None or size < 1:
         raise ValueError(f'{size_name} = {size}: expected at least 1 for form = {form!r}')
+    unused_name, unused = ('rank', rank) if form == 'block' else ('blocks', blocks)
+    if unused is not None:
+        raise ValueError(f'{unused_name} = {unused}: expected None for form = {form!r}')
     tensors = compute_tensors(variables)
     if np.ndim(variables['params'].get('W', 0.0)) == 2:
         raise ValueError(
