@@ -88,8 +88,9 @@ def lm_run(tmp_path_factory):
 def test_a_language_model_is_inspected(lm_run):
     header, rows, files = report.write(lm_run, lm_run / 'inspect', seed=1)
     assert header[:3] == ['layer', 'seed', 'm × n × k'] and len(rows) == 2
-    assert all(file.stat().st_size > 500 for file in files)
     folder = lm_run / 'inspect'
+    assert sorted(files) == sorted(folder.iterdir())
+    assert all(file.stat().st_size > 500 for file in files)
     page = (folder / 'inspect.html').read_text()
     assert page.count('data:image/svg+xml') == 3 and 'http://' not in page
     assert {file.suffix for file in folder.glob('*.contexts.*')} == {'.png', '.pdf', '.svg'}
@@ -389,6 +390,10 @@ def test_every_form_is_the_fusion_of_its_module():
         (['mi.compress', '--workdir=a'], '--workdir=DIRECTORY and --out=DIRECTORY'),
         (['mi.compress', '--workdir=a', '--out=b'], '--rank=None: expected at least 1 for'),
         (['mi.compress', '--workdir=a', '--out=b', '--form=block'], '--blocks=None: expected'),
+        (
+            ['mi.compress', '--workdir=a', '--out=b', '--rank=2', '--blocks=2'],
+            '--blocks=2: only applies to --form=block; remove it',
+        ),
         (
             ['mi.compress', '--workdir=a', '--out=b', '--rank=2', '--calibration=-1'],
             '--calibration=-1: expected at least 0',

@@ -24,7 +24,7 @@ def draw_figures(layers: list[Layer], out: pathlib.Path) -> dict[str, list[pathl
     """Write the figures for one seed's layers as PNG, PDF and SVG.
 
     Returns:
-      The SVG files of the figures, by layer name.
+      The files of the figures, by layer name.
     """
     files: dict[str, list[pathlib.Path]] = {}
     with matplotlib.rc_context(plots.STYLE):
@@ -34,8 +34,7 @@ def draw_figures(layers: list[Layer], out: pathlib.Path) -> dict[str, list[pathl
             if len(layer.names) > 1:
                 figures['contexts'] = _draw_contexts(layer)
             for kind, figure in figures.items():
-                paths = plots.save(figure, out, f'{stem}.{kind}')
-                files.setdefault(layer.name, []).extend(p for p in paths if p.suffix == '.svg')
+                files.setdefault(layer.name, []).extend(plots.save(figure, out, f'{stem}.{kind}'))
     return files
 
 

@@ -32,12 +32,16 @@ def write(
     analyzed = layers.analyze(run)
     drawn = [layer for layer in analyzed if layer.seed == seed]
     with output_folder(out):
-        svg_files = figures.draw_figures(drawn, out)
+        figure_files = figures.draw_figures(drawn, out)
+        svg_files = {
+            name: [file for file in layer_files if file.suffix == '.svg']
+            for name, layer_files in figure_files.items()
+        }
         title = pathlib.Path(workdir).absolute().name
         documents = {'inspect.html': page.render_page(run, title, [*drawn, *(
             layer for layer in analyzed if layer.seed != seed)], svg_files)}  # fmt: skip
         documents |= files.make_tables(analyzed)
         for file_name, text in documents.items():
             (out / file_name).write_text(text, encoding='utf-8')
-    images = [file for svg_paths in svg_files.values() for file in svg_paths]
+    images = [file for layer_files in figure_files.values() for file in layer_files]
     return *page.make_rows(analyzed), [*(out / name for name in documents), *images]
