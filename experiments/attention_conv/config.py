@@ -5,9 +5,8 @@ Source: Cordonnier et al., On the Relationship between Self-Attention and Convol
 network and the training are ours.
 
     python -m mi.main --config=experiments/attention_conv/config.py --workdir=runs/centres
-    python -m mi.main --config=experiments/attention_conv/config.py --config.model.layer=convolution
-    \
-        --workdir=runs/convolutions
+    python -m mi.main --config=experiments/attention_conv/config.py \
+        --config.model.layer=convolution --workdir=runs/convolutions
 
 This config needs scikit-learn, from the extra `digits`.
 """

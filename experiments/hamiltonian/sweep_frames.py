@@ -7,7 +7,7 @@ that fuses q and p by concatenation or by an MI, or a field without an energy. A
 frames from the first 3, and are evaluated on 101 frames. Every arm is trained with two sets of five
 seeds.
 
-    python -m launch.local --sweep=experiments/hamiltonian/sweep_frames.py --workdir=runs/frames \\
+    python -m launch.local --sweep=experiments/hamiltonian/sweep_frames.py --workdir=runs/frames \
         --parallel=2
 
 The report also has SYSTEM.gif, with animations of true and predicted frames, hamiltonian_frames.png

@@ -38,7 +38,7 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
     model.features = 16  # C, of the stream
     model.heads = 4  # H; a divisor of the features
     model.mixer = 'attention'  # attention, pairs, dynamic_conv, fixed, summary
-    model.positions = 'learnt'  # none, learned: added to the tokens
+    model.positions = 'learned'  # none, learned: added to the tokens
     model.ends = 'feed_forward'  # feed_forward, mixer
     model.fusion = fusion = ml_collections.ConfigDict()
     fusion.name = 'mi_low_rank'  # of pairs and summary

@@ -221,7 +221,7 @@ def select_arms(arms: Sequence[runs.Arm], **settings: object) -> list[runs.Arm]:
 
     A setting of None matches any value, and any mixer matches.
     """
-    defaults = {'positions': 'learnt', 'ends': 'feed_forward', 'heads': HEADS}
+    defaults = {'positions': 'learned', 'ends': 'feed_forward', 'heads': HEADS}
     defaults |= {'depth': DEPTH, 'features': FEATURES}
     filters = {key: value for key, value in (defaults | settings).items() if value is not None}
 

@@ -16,7 +16,7 @@ from mi.config import Rule, UserError, any_value, choice, integer, name_config_k
 from mi.layers import Affine
 from mi.options import get_options
 
-POSITIONS = ('none', 'learnt')
+POSITIONS = ('none', 'learned')
 ENDS = ('feed_forward', 'mixer')
 
 SCHEMA: dict[str, Rule] = {
@@ -50,7 +50,7 @@ class Transformer(nn.Module):
       features: number of features C.
       width: width of the feed-forward layers.
       depth: number of mixers L.
-      positions: 'none' or 'learnt'.
+      positions: 'none' or 'learned'.
       ends: last layer, 'feed_forward' or 'mixer'.
     """
 
@@ -59,13 +59,13 @@ class Transformer(nn.Module):
     features: int
     width: int
     depth: int
-    positions: str = 'learnt'
+    positions: str = 'learned'
     ends: str = 'feed_forward'
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         h = Affine(self.features, name='embed')(x)
-        if self.positions == 'learnt':
+        if self.positions == 'learned':
             P = self.param('P', initializers.normal(1.0), (x.shape[-2], self.features))
             h = h + P.reshape((1,) * (x.ndim - 2) + P.shape)
         for layer_index in range(self.depth + 1):

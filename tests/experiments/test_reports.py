@@ -98,7 +98,7 @@ EQUIVARIANT, ADDITIVE = np.array([0.5, 0.0, 0.0, 0.7]), np.array([0.1, 0.0, 0.3,
 def write_sequence_run(writer, label, seeds, above, errors, **model):
     """A run whose errors in all orders are `above` + (9 − seed) / 100 above a bound that grows by
     seed, and whose errors are `errors` + seed / 100."""
-    usual_model = {'mixer': 'attention', 'fusion': {'name': 'mi_low_rank'}, 'positions': 'learnt'}
+    usual_model = {'mixer': 'attention', 'fusion': {'name': 'mi_low_rank'}, 'positions': 'learned'}
     usual_model |= {'ends': 'feed_forward', 'heads': 4, 'depth': 2, 'features': 16}
     by_seed = np.array(seeds)[:, None] / 100
     floors = EQUIVARIANT + by_seed * (EQUIVARIANT > 0)

@@ -194,15 +194,15 @@ SHORT = {
 @pytest.mark.slow
 def test_without_positions_the_error_stays_at_the_floor_and_with_them_it_goes_below(tmp_path):
     artifacts = {}
-    for word in ('none', 'learnt'):
+    for word in ('none', 'learned'):
         changes = {'model.positions': word, 'train.steps': 600, 'problem.targets': ('reverse',)}
         train.train(config(**SHORT | changes), str(tmp_path / word))
         artifacts[word] = np.load(tmp_path / word / 'artefacts.npz')
     floors = artifacts['none']['equivariant_floor'][:, 0]
-    np.testing.assert_array_equal(floors, artifacts['learnt']['equivariant_floor'][:, 0])
+    np.testing.assert_array_equal(floors, artifacts['learned']['equivariant_floor'][:, 0])
     np.testing.assert_allclose(floors, 1 - 1 / 3, rtol=0.15)
     unordered_errors, errors = (
-        artifacts[word]['error_in_all_orders'][:, 0] for word in ('none', 'learnt')
+        artifacts[word]['error_in_all_orders'][:, 0] for word in ('none', 'learned')
     )
     assert np.all(unordered_errors >= floors - 1e-5) and np.all(unordered_errors <= 1.2 * floors)
     assert np.all(errors < 0.3 * floors)
