@@ -59,7 +59,7 @@ def _csv_costs(sweep: Sweep, result: ArmResult) -> dict[str, object]:
         for component in ('model', 'fusion')
     }
     fields |= {'train_seconds': result.seconds, f'{sweep.unit}s_per_second': result.rate}
-    fields |= {'seeds': len(result.final), 'seeds_asked': len(result.arm.seeds)}
+    fields |= {'seeds': len(result.final), 'seeds_total': len(result.arm.seeds)}
     return fields | {'remarks': '; '.join(result.remarks)}
 
 

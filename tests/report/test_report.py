@@ -163,7 +163,7 @@ def test_missing_seeds_are_noted_and_only_common_seeds_paired(sweep):
     file.write_text(''.join(file.read_text().splitlines(True)[:-1]))  # seed 2 has no record
     report.write(sweep)
     row = read_table(sweep)['mi']
-    assert (row['seeds'], row['seeds_asked'], row['difference_pairs']) == ('2', '3', '2')
+    assert (row['seeds'], row['seeds_total'], row['difference_pairs']) == ('2', '3', '2')
     assert float(row['difference_mean']) == -0.375
     page = read_text(sweep)
     assert '2 of 3 seeds have a final record' in page and 'concat 3, mi 2' in page
@@ -222,7 +222,7 @@ def test_runs_of_different_seeds_form_one_arm(sweep):
     report.write(sweep)
     assert list(read_table(sweep)) == ['concat', 'mi']
     mi = read_table(sweep)['mi']
-    assert (mi['seeds'], mi['seeds_asked'], float(mi['mean'])) == ('3', '3', sum(MI.values()) / 3)
+    assert (mi['seeds'], mi['seeds_total'], float(mi['mean'])) == ('3', '3', sum(MI.values()) / 3)
     assert float(mi['train_seconds']) == 12.0
     change_json(sweep / 'fusion=more' / 'status.json', state='running')
     with locked(sweep / 'fusion=more'):
