@@ -206,9 +206,10 @@ def _tabulate_errors(kernels: dict[str, ArmArrays]) -> str:
             ]
             table_row = [f'{kernel_title}, {alpha:g}']
             table_row += [
-                _format_scientific(_estimate(arm, seed_errors)) for seed_errors in error_columns
+                _format_scientific(_estimate(kernel_title, arm, seed_errors))
+                for seed_errors in error_columns
             ]
-            mean_loss = _estimate(arm, accuracy_lost[:, alpha_index])
+            mean_loss = _estimate(kernel_title, arm, accuracy_lost[:, alpha_index])
             table_row.append(str(tables.format_interval(mean_loss, 2)))
             table_rows.append(table_row)
     table = tables.format_markdown(header, table_rows)
@@ -247,7 +248,7 @@ def _tabulate_centers(arms: dict[str, ArmArrays]) -> str:
             ]
             table_row = [arm_label, str(layer_index + 1)]
             table_row += [
-                str(tables.format_interval(_estimate(arm, seed_values), num_digits))
+                str(tables.format_interval(_estimate(arm_label, arm, seed_values), num_digits))
                 for seed_values, num_digits in columns
             ]
             table_rows.append(table_row)
@@ -258,8 +259,9 @@ def _tabulate_centers(arms: dict[str, ArmArrays]) -> str:
     return f'**Centers of the heads**\n\n{tables.format_markdown(header, table_rows)}\n\n{note}'
 
 
-def _estimate(arm: ArmArrays, values: np.ndarray) -> statistics.Estimate:
-    return statistics.estimate(dict(zip(arm.seeds, map(float, values), strict=True)), 'kept')
+def _estimate(arm_label: str, arm: ArmArrays, values: np.ndarray) -> statistics.Estimate:
+    by_seed = dict(zip(arm.seeds, map(float, values), strict=True))
+    return statistics.estimate(by_seed, arm_label)
 
 
 def _format_scientific(estimate: statistics.Estimate) -> str:

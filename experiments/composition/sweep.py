@@ -39,21 +39,22 @@ CURVES = 'train'
 BASELINE = None
 PROBLEMS = ('problem.support', 'problem.context')
 NOTES = [
-    'Error: the part of the variance within tasks that is not explained, 0 for the teacher itself '
-    'and 1 for the mean of each task. It is of pairs of modules that were not trained, the same '
-    'pairs whatever the support; curves are of those that were.',
-    'A label is the fusion, the hidden layers, the support, what is known of the task, and the '
-    'parameters.',
-    'All students have within 7 % of 4,000 parameters, or of 7,200 where contexts are learned, and '
-    'meet the task at the first map. mi with one hidden layer has the form of the teacher, with '
-    'twice its hidden units: that is what is asked, whether such a one finds it.',
-    'given: the coefficients of the modules, drawn at random, are the context. learned: they are '
-    'equal, and the context of each task, 12 numbers that are no parameters, is learned '
-    'with all else; that of a task that was not seen by 500 steps of gradient from 256 examples of '
-    'it, everything else as it was.',
-    'The support alone has 6 tasks and the others 12, so that it sees half as many examples.',
-    'multi_head is not defined here: a combination of modules is no one-hot context.',
-    'One learning rate, 0.01 and falling to 0, and 4,000 steps for all.',
+    'The error is the fraction of the variance within tasks that is not explained: 0 for the '
+    'teacher itself, and 1 for the mean of each task. It is measured on pairs of modules that were '
+    'not trained, which are the same for every support. Curves show the pairs that were trained.',
+    'A label contains the fusion, the number of hidden layers, the support, the kind of context, '
+    'and the number of parameters.',
+    'All students have 4,000 parameters within 7 %, or 7,200 if contexts are learned, and fuse the '
+    'context at the first map. mi with one hidden layer has the form of the teacher, with twice '
+    'its hidden units. The question is whether such a student finds the teacher.',
+    'given: the context is the coefficients of the modules, which are drawn at random. learned: '
+    'the coefficients are equal, and the context of each task, 12 numbers that do not count as '
+    'parameters, is learned with the network. The context of an unseen task is learned by 500 '
+    'gradient steps on 256 of its examples, while the network is fixed.',
+    'The support alone has 6 tasks and the others have 12, so its students see half as many '
+    'examples.',
+    'multi_head is undefined here, because a combination of modules is not a one-hot context.',
+    'Every student trains for 4,000 steps at one learning rate, which falls from 0.01 to 0.',
 ]
 
 SEEDS = [tuple(range(10)), tuple(range(10, 20))]
@@ -66,7 +67,7 @@ LEARNED = [
     ('mi', 1), ('mi_low_rank', 1), ('hypernetwork', 1), ('film', 1), ('concat_mlp', 1),
     ('concat', 2),
 ]  # fmt: skip
-CONTEXTS = {'given': 'coefficients given', 'learned': 'equal coefficients, contexts learnt'}
+CONTEXTS = {'given': 'coefficients given', 'learned': 'equal coefficients, contexts learned'}
 
 
 def sweep() -> list[Overrides]:

@@ -16,7 +16,6 @@ Source: the question of Jayakumar et al. (ICLR 2020), section on expressivity. T
 ours.
 """
 
-import json
 import pathlib
 
 import matplotlib
@@ -27,7 +26,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 
 from experiments.expressivity.problem import SURFACE
-from experiments.figures import panels
+from experiments.figures import panels, roll_outs
 from launch.sweep import Overrides, product
 from mi.report import plots, runs
 
@@ -114,12 +113,11 @@ def _draw_errors(
 
 def _draw_surface(axes: Axes, workdir: pathlib.Path, label: str, title: str) -> AxesImage | None:
     """Draw |error| of the first seed on a square of x and z, if it is available."""
-    members = json.loads((workdir / 'sweep.json').read_text())['members']
-    run_dir = workdir / next(member['name'] for member in members if member['label'] == label)
+    artifacts = roll_outs.load_artifacts(workdir, label)
     axes.set(title=title, xlabel='x')
-    if not (run_dir / 'artefacts.npz').exists():
+    if not artifacts:
         return None
-    abs_error = np.abs(np.load(run_dir / 'artefacts.npz')['surface'][0])
+    abs_error = np.abs(artifacts['surface'][0])
     return axes.imshow(
         np.maximum(abs_error, 1e-12),  # the logarithm of 0
         norm=LogNorm(1e-8, 1),

@@ -173,19 +173,22 @@ def _draw_growth(
     panels.set_ticks(axes, _list_dimensions(arms))
 
 
+def format_smallest(num_params: Sequence[float]) -> str:
+    """Format the median over seeds, and how many reached the target if some did not."""
+    num_reached = int(np.isfinite(num_params).sum())
+    median = np.median(num_params)
+    cell = f'{median:,.0f}' if np.isfinite(median) else 'not reached'
+    is_partial = 0 < num_reached < len(num_params)
+    return cell + (f' ({num_reached} of {len(num_params)} seeds)' if is_partial else '')
+
+
 def _tabulate_growth(arms: Sequence[runs.Arm]) -> str:
     """Tabulate the median parameters by dimension, the number of seeds, and the growth law."""
     table_rows = []
     for arm in arms:
         table_row = [_name_network(arm)]
         for by_seed in read_smallest_parameters(arm).values():
-            num_params = list(by_seed.values())
-            num_reached = int(np.isfinite(num_params).sum())
-            median = np.median(num_params)
-            cell = f'{median:,.0f}' if np.isfinite(median) else 'not reached'
-            if 0 < num_reached < len(num_params):
-                cell += f' ({num_reached} of {len(num_params)} seeds)'
-            table_row.append(cell)
+            table_row.append(format_smallest(list(by_seed.values())))
         fitted, exponents = fit_growth_law(arm)
         table_row.append(', '.join(map(str, fitted)) if exponents else tables.NONE)
         for seeds in SEEDS:

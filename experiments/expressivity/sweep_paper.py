@@ -189,20 +189,13 @@ def _tabulate_smallest(arms: Mapping[str, runs.Arm], paper_mlp: Curve) -> str:
         table_row = [str(dimension)]
         for network in networks:
             by_seed = by_network[network].get(dimension)
-            table_row.append(_format_smallest(list(by_seed.values())) if by_seed else tables.NONE)
+            cell = growth.format_smallest(list(by_seed.values())) if by_seed else tables.NONE
+            table_row.append(cell)
         paper = paper_mlp.get(dimension)
         table_row.append(tables.NONE if paper is None else f'{paper:,.0f}')
         table_rows.append(table_row)
     header = ['d', *(f'{network}, ours' for network in networks), "paper's MLP, digitised"]
     return tables.format_markdown(header, table_rows)
-
-
-def _format_smallest(num_params: Sequence[float]) -> str:
-    num_reached = int(np.isfinite(num_params).sum())
-    median = np.median(num_params)
-    cell = f'{median:,.0f}' if np.isfinite(median) else 'not reached'
-    is_partial = 0 < num_reached < len(num_params)
-    return cell + (f' ({num_reached} of {len(num_params)} seeds)' if is_partial else '')
 
 
 def read_seed_curves(arm: runs.Arm) -> dict[int, Curve]:

@@ -302,7 +302,8 @@ class Regression(Problem):
 
     def artifacts(self, params: Params, world: RegressionWorld, key: PRNGKey) -> Metrics:
         grid, predictions, targets = self._predict_known(params, world)
-        arrays = {'grid': grid, 'found': predictions, 'wanted': targets, **world.known._asdict()}
+        arrays = {'grid': grid, 'predictions': predictions, 'targets': targets}
+        arrays |= world.known._asdict()
         return {name: array[:SHOWN] for name, array in arrays.items() if name != 'z'}
 
 

@@ -245,8 +245,11 @@ def _draw_line(
             estimate = statistics.estimate(errors, arm.label)
             positions.append(get_position(arm))
             means.append(estimate.mean)
-            lower_bars.append(max(estimate.mean - (estimate.low or estimate.mean), 0))
-            upper_bars.append(max((estimate.high or estimate.mean) - estimate.mean, 0))
+            low, high = (
+                estimate.mean if bound is None else bound for bound in (estimate.low, estimate.high)
+            )
+            lower_bars.append(max(estimate.mean - low, 0))
+            upper_bars.append(max(high - estimate.mean, 0))
     if positions:
         bars = [lower_bars, upper_bars]
         axes.errorbar(positions, means, bars, lw=1.1, ms=4, elinewidth=0.8, **style)

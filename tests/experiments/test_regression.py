@@ -127,12 +127,12 @@ def test_transfer_beats_training_alone_on_four_examples(trained):
 @pytest.mark.slow
 def test_artifacts_hold_predictions_of_known_tasks(trained):
     arrays = np.load(trained / 'mi_one_hot/artefacts.npz')
-    assert arrays['found'].shape == (2, regression.SHOWN, regression.POINTS)
+    assert arrays['predictions'].shape == (2, regression.SHOWN, regression.POINTS)
     a, b, grid = (arrays[name] for name in ('a', 'b', 'grid'))
     np.testing.assert_allclose(
-        arrays['wanted'][:, 0], a[:, :1] * grid[:, 0] + b[:, :1], rtol=1e-5, atol=1e-6
+        arrays['targets'][:, 0], a[:, :1] * grid[:, 0] + b[:, :1], rtol=1e-5, atol=1e-6
     )
-    error = np.mean((arrays['found'] - arrays['wanted']) ** 2)
+    error = np.mean((arrays['predictions'] - arrays['targets']) ** 2)
     assert error < 0.3
 
 
