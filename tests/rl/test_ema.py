@@ -1,4 +1,4 @@
-"""Agents are evaluated at the average of their parameters, and resume with it."""
+"""Agents are evaluated at the average of their parameters."""
 
 import json
 
@@ -8,7 +8,6 @@ import pytest
 
 from configs import rl as configs
 from mi.rl import assess, envs, factory, restore, train
-from mi.training import checkpoint
 from tests.lm.test_resume import restored
 
 
@@ -59,28 +58,3 @@ def test_a_run_is_evaluated_at_the_average_of_its_parameters(topology, tmp_path)
     assert {key: last[key] for key in ('return', 'length')} == {
         key: scores[key] for key in ('return', 'length')
     }
-
-
-@pytest.mark.slow
-def test_a_continued_run_has_the_same_bits(tmp_path, monkeypatch):
-    config = tiny(seeds=(3, 4))
-    train.train(config, str(tmp_path / 'whole'))
-    save = checkpoint.Checkpoints.save
-
-    def save_and_die(self, step, *rest):
-        save(self, step, *rest)
-        if step == 10:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(checkpoint.Checkpoints, 'save', save_and_die)
-        train.train(config, str(tmp_path / 'cut'))
-    train.train(config, str(tmp_path / 'cut'))
-    for name in ('whole', 'cut'):
-        assert 'ema' in str(restored(tmp_path / name / 'checkpoints/00000020/state').keys())
-    whole, cut = (
-        restored(tmp_path / name / 'checkpoints/00000020/state') for name in ('whole', 'cut')
-    )
-    assert whole == cut
-    metrics = [(tmp_path / name / 'metrics.jsonl').read_bytes() for name in ('whole', 'cut')]
-    assert metrics[0] == metrics[1]

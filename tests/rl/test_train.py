@@ -16,6 +16,7 @@ from mi.rl.actors import loop as actors_loop
 from mi.rl.evaluate import Evaluation
 from mi.training import checkpoint
 from tests.conftest import ROOT
+from tests.lm.test_resume import restored
 
 
 def tiny(**changes):
@@ -30,7 +31,7 @@ def records(path):
 
 @pytest.mark.slow
 def test_a_run_leaves_its_directory_and_goes_on_to_the_same_bits(tmp_path, monkeypatch):
-    config = tiny(**{'seeds': (3, 4), 'env.name': 'xland/hold_red_ball'})
+    config = tiny(**{'seeds': (3, 4), 'env.name': 'xland/hold_red_ball', 'optim.ema': 0.8})
     train.train(config, str(tmp_path / 'whole'))
     whole = records(tmp_path / 'whole')
     # Episodes have at most 40 steps, and the one after a truncated episode is no transition.
@@ -53,37 +54,51 @@ def test_a_run_leaves_its_directory_and_goes_on_to_the_same_bits(tmp_path, monke
     train.train(config, str(tmp_path / 'cut'))
     name = 'metrics.jsonl'
     assert (tmp_path / 'cut' / name).read_bytes() == (tmp_path / 'whole' / name).read_bytes()
+    last = 'checkpoints/00000020/state'
+    cut_arrays, whole_arrays = (restored(tmp_path / run / last) for run in ('cut', 'whole'))
+    assert any("['opt_state']['ema']" in name for name in whole_arrays)
+    assert cut_arrays == whole_arrays
 
 
 @pytest.mark.slow
-def test_threads_leave_a_directory_and_the_learner_goes_on_exactly(tmp_path):
-    """What the continued run starts from are the bits that the stopped one saved."""
+def test_threads_leave_a_directory_and_the_learner_continues_exactly(tmp_path, monkeypatch):
+    """The first update of the continued run starts from the bits that the stopped run saved."""
     config = tiny(**{'train.topology': 'threads', 'train.steps': 40 * 10, 'eval.greedy': True})
-    train.train(config, str(tmp_path / 'run'))
+    saved_states, first_states = [], []
+    save, jit_update = checkpoint.Checkpoints.save, actors_loop.jit_update
+
+    def save_and_die(self, step, state, meta):
+        save(self, step, state, meta)
+        saved_states.append(jax.device_get(state))
+        raise KeyboardInterrupt
+
+    def jit_and_record(*arguments):
+        update = jit_update(*arguments)
+
+        def record(state, *rest):
+            first_states.append(jax.device_get(state))
+            return update(state, *rest)
+
+        return record
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(checkpoint.Checkpoints, 'save', save_and_die)
+        train.train(config, str(tmp_path / 'run'))
+    assert [path.name for path in (tmp_path / 'run/checkpoints').iterdir()] == ['00000005']
+    with monkeypatch.context() as patched:
+        patched.setattr(actors_loop, 'jit_update', jit_and_record)
+        train.train(config, str(tmp_path / 'run'))
+    saved, first = (jax.tree.flatten(states[0]) for states in (saved_states, first_states))
+    assert saved[1] == first[1] and len(first_states) == 5
+    for expected, found in zip(saved[0], first[0], strict=True):
+        assert expected.dtype == found.dtype
+        np.testing.assert_array_equal(found, expected)
+
     written = records(tmp_path / 'run')
     assert [r['step'] for r in written if r['split'] == 'train'] == [5, 10]
     assert {r['split'] for r in written} == {'train', 'eval', 'eval_greedy'}
     assert all(r['lag_max'] <= config.actors.max_lag for r in written if r['split'] == 'train')
-    saved = checkpoint.Checkpoints(tmp_path / 'run' / 'checkpoints')
     assert (tmp_path / 'run/checkpoints/00000010').exists()
-
-    seen = []
-    restore = checkpoint.Checkpoints.restore
-
-    def restored(self, like):
-        result = restore(self, like)
-        seen.append(result)
-        return result
-
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(checkpoint.Checkpoints, 'restore', restored)
-        train.train(config, str(tmp_path / 'run'))
-    state, meta = seen[0]
-    assert meta['step'] == 10
-    assert records(tmp_path / 'run') == written
-    again, _ = saved.restore(state)
-    for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(again), strict=True):
-        np.testing.assert_array_equal(a, b)
 
 
 @pytest.mark.slow
@@ -191,29 +206,38 @@ def test_steps_are_those_that_were_learned_from(tmp_path):
 
 
 @pytest.mark.slow
-def test_seconds_of_threads_are_without_evaluation_and_saving(tmp_path, monkeypatch):
-    """As those of the fused topology: a clock that both set forward shows."""
-    ahead = [0.0]
+def test_seconds_of_threads_exclude_evaluation_and_saving(tmp_path, monkeypatch):
+    """Also those of a run that was stopped in an evaluation, which it makes when it continues."""
+    ahead, num_evaluations = 0.0, 0
+    evaluate, save = Evaluation.__call__, checkpoint.Checkpoints.save
 
     class Clock:
         @staticmethod
         def perf_counter():
-            return time.perf_counter() + ahead[0]
+            return time.perf_counter() + ahead
 
-    def slow(method):
-        def later(*arguments, **named):
-            ahead[0] += 1000
-            return method(*arguments, **named)
+    def evaluate_slowly(*arguments):
+        nonlocal ahead, num_evaluations
+        ahead, num_evaluations = ahead + 1000, num_evaluations + 1
+        if num_evaluations == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(*arguments)
 
-        return later
+    def save_slowly(*arguments):
+        nonlocal ahead
+        ahead += 1000
+        return save(*arguments)
 
-    monkeypatch.setattr(actors_loop, 'time', Clock)
-    monkeypatch.setattr(actors_loop.Evaluation, '__call__', slow(actors_loop.Evaluation.__call__))
-    monkeypatch.setattr(checkpoint.Checkpoints, 'save', slow(checkpoint.Checkpoints.save))
-    train.train(tiny(**{'train.topology': 'threads'}), str(tmp_path / 'run'))
+    monkeypatch.setattr('mi.rl.actors.window.time', Clock)
+    monkeypatch.setattr(Evaluation, '__call__', evaluate_slowly)
+    monkeypatch.setattr(checkpoint.Checkpoints, 'save', save_slowly)
+    config = tiny(**{'train.topology': 'threads'})
+    with pytest.raises(SystemExit):
+        train.train(config, str(tmp_path / 'run'))
+    train.train(config, str(tmp_path / 'run'))
     lines = (tmp_path / 'run' / 'timing.jsonl').read_text().splitlines()
-    assert len(lines) > 2 and ahead[0] >= 4000
-    assert all(json.loads(line)['seconds'] < 1000 for line in lines)
+    assert len(lines) == 4 and num_evaluations == 3 and ahead == 7000
+    assert all(0 < json.loads(line)['seconds'] < 1000 for line in lines)
 
 
 @pytest.mark.slow
@@ -231,7 +255,6 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_is_not_saved(tmp_path, topol
     [
         ({'env.name': 'katch'}, "config.env.name = 'katch' is unknown; did you mean 'catch'"),
         ({'env.name': 'babyai/goto'}, "Try config.train.topology = 'threads'"),
-        ({'train.topology': 'threads', 'seeds': (0, 1)}, 'expected one seed'),
         ({'train.topology': 'threads', 'actors.batch': 3}, 'a multiple of config.actors.batch = 3'),
         (
             {'env.name': 'xland/kinds', 'eval.held_out': 'xland/test'},

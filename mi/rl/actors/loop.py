@@ -113,7 +113,7 @@ def _train(
     )
     state = state if restored is None else restored
     env_steps = meta.get('env_steps', run.step * config.train.batch * config.train.length)
-    window, first_step = Window(), run.step
+    first_step = run.step
     with contextlib.ExitStack() as stack:
         log = stack.enter_context(run.open_logger(num_updates, records_end or meta['metrics']))
         recorder = _Recorder(run, log, agent.spec, env_steps, meter)
@@ -122,6 +122,7 @@ def _train(
         if run.step < num_updates:
             params = sharding.to_local(state.params)
             actors = stack.enter_context(start_actors(config, agent, params, run.step))
+            window = Window()
         while run.step < num_updates:
             # Update the learner and publish its parameters.
             is_first = run.step == first_step
