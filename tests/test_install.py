@@ -2,11 +2,13 @@
 
 import importlib.metadata
 import shlex
+import subprocess
 
 import pytest
 
 from mi import config
 from tests.conftest import ROOT
+from tools import extras
 
 REQUIRES = ['jax>=0.10', 'gymnasium>=1.2; extra == "vizdoom"', "vizdoom>=1.3 ; extra == 'vizdoom'"]
 REQUIRES += ['gymnasium>=1.2; extra == "gym"', 'jax[cuda13]; extra == "cuda"']
@@ -50,3 +52,26 @@ def test_an_extra_that_includes_another_names_the_packages_of_both(monkeypatch, 
     monkeypatch.setattr(importlib.metadata, 'requires', lambda name: requires)
     command = config.suggest_install('all')
     assert shlex.split(command)[2:] == ['gymnasium>=1.2', 'datasets>=4.0', 'jax>=0.10']
+
+
+def test_modules_of_every_extra_are_imported_from_the_installation(monkeypatch):
+    """Outside of the clone, whose modules Python would find first."""
+    assert extras.MODULES.keys() == extras.read_extras().keys()
+    calls = []
+
+    def run(command, cwd, **options):
+        calls.append((command, cwd))
+        return subprocess.CompletedProcess(command, 0, '', '')
+
+    monkeypatch.setattr(subprocess, 'run', run)
+    assert extras.try_extra('uv', 'optuna', locked=True, dry=False)[1] == ''
+    *installing, (importing, cwd) = calls
+    assert importing[1:] == ['-c', 'import mi.layers, launch.optuna, optuna']
+    assert {folder for _, folder in installing} == {ROOT} and ROOT not in (cwd, cwd.parent)
+
+
+@pytest.mark.parametrize('argument', ['--only=sweep,rya', '--installers=pipx'])
+def test_an_unknown_extra_or_installer_is_refused(argument, capsys):
+    with pytest.raises(SystemExit, match='2'):
+        extras.main([argument])
+    assert 'is unknown; known: ' in capsys.readouterr().err

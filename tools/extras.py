@@ -4,9 +4,10 @@
     python -m tools.extras --install           # also install them, with downloads of about 20 GB
     python -m tools.extras --only=sweep,ray --installers=uv --install
 
-After an installation, the installer checks all requirements, and the layers and the module that
-the extra enables are imported. The output is a table of durations in seconds; --jobs cells run at a
-time. If a cell fails, its output is printed below the table, and the exit code is 1.
+After an installation, the installer checks all requirements. The layers and the modules that need
+the extra are then imported from the environment, outside of the clone. The output is a table of
+durations in seconds; --jobs cells run at a time. If a cell fails, its output is printed below the
+table, and the exit code is 1.
 """
 
 import argparse
@@ -23,8 +24,31 @@ from collections.abc import Sequence
 ROOT = pathlib.Path(__file__).parents[1]
 LOCK = 'requirements/lock.txt'
 INSTALLERS = ('pip', 'uv')
-MODULES = {'train': 'mi.main', 'report': 'mi.report', 'sweep': 'launch.local'}
-"""Extra → module that it promises, beside the layers."""
+MODULES = {
+    'train': ['mi.main', 'mi.lm.train', 'mi.rl.train', 'mi.fit.train'],
+    'report': ['mi.report', 'matplotlib', 'scipy'],
+    'sweep': ['launch.local', 'yaml'],
+    'lm': ['mi.lm.train', 'datasets'],
+    'rl': ['mi.rl.train', 'envpool', 'gymnasium'],
+    'all': ['launch.local', 'datasets', 'envpool', 'gymnasium'],
+    'cuda': ['jax_cuda13_plugin'],
+    'tpu': ['libtpu'],
+    'compress': ['mi.compress', 'scipy', 'tensorly'],
+    'hub': ['datasets'],
+    'digits': ['sklearn.datasets'],
+    'envpool': ['envpool'],
+    'gym': ['gymnasium'],
+    'vizdoom': ['vizdoom'],
+    'export': ['mi.export', 'flatbuffers', 'safetensors'],
+    'ray': ['ray'],
+    'optuna': ['launch.optuna', 'optuna'],
+    'trackio': ['trackio'],
+    'wandb': ['wandb'],
+    'benchmark': ['ray.rllib', 'torch', 'xminigrid'],
+    'docs': ['mkdocs', 'material', 'mkdocstrings', 'ipykernel', 'nbclient', 'nbconvert'],
+    'test': ['pytest', 'xdist', 'haiku', 'equinox', 'minigrid', 'kubernetes_validate'],
+}
+"""Extra → modules that need it, ours and those of its packages."""
 
 
 def read_extras() -> dict[str, list[str]]:
@@ -52,7 +76,7 @@ def make_commands(
         check = [*uv, 'pip', 'check', '--quiet', '--python', python]
     if dry:
         return [make, install]
-    modules = ['mi.layers', *(module for name, module in MODULES.items() if name == extra)]
+    modules = ['mi.layers', *MODULES[extra]]
     return [make, install, check, [python, '-c', f'import {", ".join(modules)}']]
 
 
@@ -62,7 +86,9 @@ def try_extra(installer: str, extra: str, *, locked: bool, dry: bool) -> tuple[f
     with tempfile.TemporaryDirectory() as folder:
         environment = pathlib.Path(folder) / 'environment'
         for command in make_commands(installer, environment, extra, locked=locked, dry=dry):
-            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+            # In the clone, Python would import our modules from there instead.
+            cwd = pathlib.Path(folder) if command[1] == '-c' else ROOT
+            done = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
             if done.returncode:
                 return time.monotonic() - start, done.stdout + done.stderr
     return time.monotonic() - start, ''
@@ -78,10 +104,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument('--jobs', type=int, default=4, help='installations at a time')
     parser.add_argument('--install', action='store_true', help='install, do not only resolve')
     options = parser.parse_args(arguments)
+    names = options.only.split(',')
+    for flag, given, known in [
+        ('only', names, read_extras()),
+        ('installers', options.installers.split(','), INSTALLERS),
+    ]:
+        for name in given:
+            if name not in known:
+                parser.error(f'--{flag}={name} is unknown; known: {", ".join(known)}')
     columns = [(name, locked) for name in options.installers.split(',') for locked in (False, True)]
     headings = [f'{name}, lock' if locked else name for name, locked in columns]
     print(f'{"extra":12}' + ''.join(f'{heading:>12}' for heading in headings), flush=True)
-    names = options.only.split(',')
     failures: list[str] = []
     with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
         results = pool.map(
