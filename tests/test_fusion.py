@@ -1,7 +1,6 @@
 import functools
 import re
 
-import flax.serialization
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -202,15 +201,6 @@ def test_the_context_of_zeros_gives_finite_values_and_gradients(name):
     assert all(bool(jnp.isfinite(a).all()) for a in jax.tree.leaves((y, gradients)))
     if name in SHIPPED:
         assert bool((y != 0).any()) == (name not in ZERO_AT_ZERO)
-
-
-@all_fusions
-def test_variables_survive_serialisation(name):
-    x, z = random(0, 6, N), contexts(name, 6)
-    apply, variables = make_apply(name)
-    blank = jax.tree.map(jnp.zeros_like, variables)
-    restored = flax.serialization.from_bytes(blank, flax.serialization.to_bytes(variables))
-    np.testing.assert_array_equal(apply(restored, x, z), apply(variables, x, z))
 
 
 @all_fusions

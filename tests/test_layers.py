@@ -106,10 +106,10 @@ def test_the_sum_of_the_terms_has_the_variance_of_a_dense_layer(form, context):
     n, m, batch, draws = 64, 32, 256, 64
 
     def output_and_dense(seed):
-        key, x_grad, z_grad = jax.random.split(prng.key(seed), 3)
-        x = jax.random.normal(x_grad, (batch, n))
+        key, x_key, z_key = jax.random.split(prng.key(seed), 3)
+        x = jax.random.normal(x_key, (batch, n))
         if context == 'dense':
-            z = jax.random.normal(z_grad, (batch, m))
+            z = jax.random.normal(z_key, (batch, m))
         else:
             z = jax.nn.one_hot(jnp.arange(batch) % m, m)
         y, _ = FORMS[form](n, context=context).init_with_output(key, x, z)
@@ -247,7 +247,7 @@ def test_streams_that_do_not_fit_are_refused():
 
 @pytest.mark.parametrize('form', FORMS)
 @pytest.mark.parametrize(
-    ('x_grad', 'z_grad', 'params_grad', 'expected'),
+    ('x_dtype', 'z_dtype', 'param_dtype', 'expected'),
     [
         (jnp.bfloat16, jnp.float32, jnp.bfloat16, jnp.float32),
         (jnp.float32, jnp.bfloat16, jnp.bfloat16, jnp.float32),
@@ -257,14 +257,14 @@ def test_streams_that_do_not_fit_are_refused():
     ],
 )
 def test_without_a_dtype_it_is_that_of_both_streams_and_the_parameters(
-    form, x_grad, z_grad, params_grad, expected
+    form, x_dtype, z_dtype, param_dtype, expected
 ):
-    layer = FORMS[form](4, context='one_hot', contexts=3, param_dtype=params_grad)
-    z = jnp.zeros(6, z_grad) if z_grad == jnp.int32 else jnp.zeros((6, 3), z_grad)
-    x = jnp.zeros((6, 4), x_grad)
+    layer = FORMS[form](4, context='one_hot', contexts=3, param_dtype=param_dtype)
+    z = jnp.zeros(6, z_dtype) if z_dtype == jnp.int32 else jnp.zeros((6, 3), z_dtype)
+    x = jnp.zeros((6, 4), x_dtype)
     y, variables = jax.eval_shape(layer.init_with_output, jax.random.key(0), x, z)
     assert y.dtype == expected
-    assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype(params_grad)}
+    assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype(param_dtype)}
 
 
 def test_an_unknown_context_is_refused_before_it_decides_a_scale():
