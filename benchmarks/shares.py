@@ -4,8 +4,9 @@
 
 XLA's profiler times every instruction of the compiled step on one thread. An instruction belongs to
 the part of the model that its JAX operation is in, except that matrix products are counted by
-themselves. The rate of the products is compared with that of a large square product in XLA and in
-PyTorch, the most that a step could reach with all its products at full speed.
+themselves. The profiler makes a step longer, so the milliseconds of all parts are scaled to sum to
+the step without it. The rate of the products is compared with that of a large square product in XLA
+and in PyTorch, the most that a step could reach with all its products at full speed.
 
 The steps are the Transformers of `benchmarks.lm` and the recipe of `benchmarks.nanogpt`.
 """
@@ -64,7 +65,7 @@ def get_config(name: str) -> tuple[ml_collections.ConfigDict, int]:
     """Return the config of a step, and its vocabulary size."""
     if name == 'nanogpt':
         return nanogpt.make_config(nanogpt.Recipe()).unlock(), 65
-    return lm.make_config('transformer', name, 'mi'), lm.SIZES['transformer'][name][0]
+    return lm.make_config('transformer', name, 'mi'), lm.get_sizes()['transformer'][name][0]
 
 
 def find_part(
@@ -117,24 +118,29 @@ def measure(name: str) -> dict[str, Any]:
     compiled, step = lm.compile_step(*get_config(name))
     for _ in range(5):
         step()
-    start_time = time.perf_counter()
-    for _ in range(NUM_STEPS):
-        step()
-    step_seconds = (time.perf_counter() - start_time) / NUM_STEPS
+    step_seconds = measure_step(step)
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
-            for _ in range(NUM_STEPS):
-                step()
+            profiled_seconds = measure_step(step)
         traced = read_trace(folder)
     seconds = collections.Counter({key: value / NUM_STEPS for key, value in traced.items()})
     shares = compute_shares(compiled.as_text(), seconds)
     return {
         'step': name,
         'seconds': step_seconds,
+        'profiled_seconds': profiled_seconds,
         'gflops': program.analyze(compiled).flops / 1e9,
         'shares': {part: share._asdict() for part, share in shares.items()},
         'large_product': {'XLA': measure_xla_rate(), 'torch': measure_torch_rate()},
     }
+
+
+def measure_step(step: Callable[[], object]) -> float:
+    """Return the mean seconds of a step."""
+    start_time = time.perf_counter()
+    for _ in range(NUM_STEPS):
+        step()
+    return (time.perf_counter() - start_time) / NUM_STEPS
 
 
 def measure_rate(multiply: Callable[[], object]) -> float:
@@ -165,17 +171,31 @@ def measure_torch_rate() -> float | None:
     return None
 
 
+def scale_shares(figures: dict[str, Any]) -> dict[str, float]:
+    """Return part → seconds, such that the parts of a step sum to its time without the profiler."""
+    shares = figures['shares']
+    scale = figures['seconds'] / sum(share['seconds'] for share in shares.values())
+    return {part: scale * share['seconds'] for part, share in shares.items()}
+
+
 def print_table(figures: dict[str, Any]) -> None:
-    """Print the shares of a step, and the rates of its products."""
-    total = sum(share['seconds'] for share in figures['shares'].values())
-    print(f'\n{figures["step"]}: {1000 * figures["seconds"]:.1f} ms a step, one thread')
+    """Print the parts of a step, scaled to the step without the profiler, and product rates."""
+    seconds, shares = figures['seconds'], figures['shares']
+    scaled_seconds = scale_shares(figures)
+    profiled_total = sum(share['seconds'] for share in shares.values())
+    print(
+        f'\n{figures["step"]}, one thread; in the profile, a step takes '
+        f'{1000 * figures["profiled_seconds"]:.1f} ms, and its instructions '
+        f'{1000 * profiled_total:.1f} ms'
+    )
     print(f'{"part":<36}{"instructions":>13}{"ms":>9}{"share":>8}')
-    for part, share in figures['shares'].items():
+    for part, part_seconds in scaled_seconds.items():
         print(
-            f'{part:<36}{share["instructions"]:13d}{1000 * share["seconds"]:9.2f}'
-            f'{share["seconds"] / total:8.2f}'
+            f'{part:<36}{shares[part]["instructions"]:13d}{1000 * part_seconds:9.2f}'
+            f'{part_seconds / seconds:8.2f}'
         )
-    rates = {'products of the step': figures['gflops'] / figures['shares'][PRODUCTS]['seconds']}
+    print(f'{"whole step, unprofiled":<49}{1000 * seconds:9.2f}{1:8.2f}')
+    rates = {'products of the step': figures['gflops'] / scaled_seconds[PRODUCTS]}
     rates |= {
         f'{LARGE} × {LARGE} in {library}': rate
         for library, rate in figures['large_product'].items()
@@ -190,6 +210,8 @@ def main(argv: Sequence[str]) -> None:
     """Measure every step in a process of its own with one thread, or serve as that process."""
     del argv
     if SIDE.value:
+        host.keep_freed_memory()
+        host.set_xla_flags()
         print(json.dumps(measure(SIDE.value)))
         return
     machine = host.describe_machine()
@@ -199,14 +221,14 @@ def main(argv: Sequence[str]) -> None:
     if hasattr(os, 'sched_setaffinity'):  # which some of XLA's products need beside the flag
         os.sched_setaffinity(0, host.get_cores()[-1:])  # inherited by the processes
     figures = []
-    for name in ONLY.value or STEPS:
+    for name in options.select(ONLY, STEPS):
         command = [sys.executable, '-m', 'benchmarks.shares', f'--side={name}']
         done = subprocess.run(
             command, env=environment, stdout=subprocess.PIPE, text=True, check=True
         )
         figures.append(json.loads(done.stdout.splitlines()[-1]))
         print_table(figures[-1])
-    options.write_json(JSON.value, machine=machine, figures=figures)
+    options.write_json(JSON.value, ['torch'], machine=machine, figures=figures)
 
 
 if __name__ == '__main__':

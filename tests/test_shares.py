@@ -61,3 +61,9 @@ def test_a_compiled_product_is_one():
     instructions = entry.instructions.values()
     parts = [shares.find_part(instruction, entry, module) for instruction in instructions]
     assert parts.count(shares.PRODUCTS) == 1
+
+
+def test_parts_sum_to_the_step_without_the_profiler():
+    profiled = {'a': {'seconds': 3.0, 'instructions': 1}, 'b': {'seconds': 1.0, 'instructions': 2}}
+    figures = {'seconds': 2.0, 'profiled_seconds': 5.0, 'shares': profiled}
+    assert shares.scale_shares(figures) == {'a': 1.5, 'b': 0.5}
