@@ -181,7 +181,7 @@ class _System:
         self.lags: list[tuple[int, float]] = []
         self.queue_waits: list[tuple[int, float]] = []
         self.actor_waits: list[tuple[int, float]] = []
-        self.dropped = 0
+        self.dropped: list[int] = []  # the learner's version at each drop
         self._device_free_time = 0.0
         self._queue: collections.deque[_Trajectory] = collections.deque()
         self._blocked_actors: collections.deque[Process] = collections.deque()
@@ -246,7 +246,7 @@ class _System:
                 self.queue_waits.append((self.version, self.now - trajectory.put_time))
                 lag = self.version - trajectory.version
                 if lag > topology.max_lag:
-                    self.dropped += 1
+                    self.dropped.append(self.version)
                     continue
                 self.lags.append((self.version, float(lag)))
                 num_taken += 1
@@ -295,7 +295,7 @@ def simulate(
         actor_wait=float(np.mean(drop_warmup(system.actor_waits))),
         lag=float(np.mean(lags)),
         lag_max=int(max(lags)),
-        dropped=system.dropped,
+        dropped=sum(version >= warmup for version in system.dropped),
     )
 
 

@@ -3,9 +3,9 @@
     pip install -e '.[sweep]' && python -m benchmarks.scaling
     python -m benchmarks.scaling --chip='TPU v5p' --price=4 --core_price=0.03
 
-Measured speeds come from benchmarks/results. Without lm_gpu.json and rl_gpu.json, products are
-assumed to reach the chip's roofline, and the table marks this as a bound. All other inputs are
-constants with sources, in this module and in `benchmarks.cluster`.
+Measured speeds of a CPU come from benchmarks/results. Products on a chip are assumed to reach its
+roofline, and the table marks this as a bound. All other inputs are constants with sources, in this
+module and in `benchmarks.cluster`.
 """
 
 import json
@@ -32,6 +32,8 @@ NUMBERS = (1, 8, 64, 512)
 # 8.
 WIKITEXT_BATCH = 64
 WIKITEXT_TOKENS = 20 * 103_227_021
+
+ROOFLINE_SHARE = 1.0  # of products on a chip; not measured, so the tables are bounds
 
 # Frames of DMLab per core and second: 49,679 on a machine with 36 cores, simulation alone, an
 # action for four frames (Petrenko et al., 2020, Sample Factory, table of peak throughputs;
@@ -191,7 +193,8 @@ def actors_table(chip: Chip, share: float) -> Table:
         cycle_updates = max(8, system.actors * groups * system.rows // system.batch)
         num_updates, warmup = 8 * cycle_updates, 3 * cycle_updates
         outcome = pipeline.simulate(topology, stages, num_updates, warmup)
-        num_trajectories = outcome.dropped + num_updates * system.batch // system.rows
+        num_learned = (num_updates - warmup) * system.batch // system.rows
+        num_trajectories = outcome.dropped + num_learned
         table_rows.append(
             [
                 system.topology,
@@ -286,7 +289,7 @@ def inputs_table(chip: Chip) -> Table:
     def seconds(products: Sequence[counting.Product]) -> float:
         return sum(product.flops * product.times for product in products) / (num_cores * core_peak)
 
-    lstm_share = measurements.lm_share(cpu_record, 'lstm', measurements.LSTM_CPU, seconds)
+    lstm_share = measurements.lstm_share(cpu_record, seconds)
     policy_milliseconds = 1e3 * measurements.policy_call_seconds()
     policy_flops = workloads.policy_flops()
     table_rows = [
@@ -294,8 +297,12 @@ def inputs_table(chip: Chip) -> Table:
         ('share of it in LSTM training steps', f'{lstm_share:.2f}', 'lm_cpu.json'),
         ('host, for one call of a policy', f'{policy_milliseconds:.2f} ms', 'actors_cpu.json'),
         *(
-            (f'share of {chip.name}’s roofline, {model_kind}', f'{share.value:.2f}', share.source)
-            for model_kind, share in measurements.roofline_shares(chip).items()
+            (
+                f'share of {chip.name}’s roofline, {model_kind}',
+                f'{ROOFLINE_SHARE:.2f}',
+                f'not measured on {chip.name}: datasheet roofline, a bound',
+            )
+            for model_kind in ('lstm', 'transformer', 'agent')
         ),
         ('DMLab, a core', f'{1 / ENGINE.step:.0f} steps/s', 'Petrenko et al. (2020), recalled'),
         ('policy of DMLab-30, forward', f'{policy_flops / 1e6:.0f} MFLOP a step', 'mi.counting'),
@@ -311,7 +318,6 @@ def inputs_table(chip: Chip) -> Table:
 
 def tables(chip: Chip, prices: Prices) -> Iterator[tuple[str, str, Table]]:
     """Yield the name, the heading and the rows of each table."""
-    shares = measurements.roofline_shares(chip)
     yield 'inputs', 'Inputs', inputs_table(chip)
     for model_name, job in wikitext_jobs().items():
         model_title = f'{job.name}, {job.parameters / 1e6:.0f} M parameters, {chip.name}'
@@ -320,12 +326,11 @@ def tables(chip: Chip, prices: Prices) -> Iterator[tuple[str, str, Table]]:
             yield (
                 f'{model_name}_{"weak" if is_weak else "strong"}',
                 f'{model_title}: {WIKITEXT_BATCH} {batch_kind}; rows, GB, MB sent and ms of a chip',
-                lm_table(job, chip, shares[model_name].value, prices.chip, is_weak),
+                lm_table(job, chip, ROOFLINE_SHARE, prices.chip, is_weak),
             )
-    share = shares['agent'].value
     title = f'DMLab-30, {chip.name}; GB, ms and MB received of a chip'
-    yield 'dmlab', title, rl_table(chip, share, prices)
-    yield 'actors', 'Actors for one learner', actors_table(chip, share)
+    yield 'dmlab', title, rl_table(chip, ROOFLINE_SHARE, prices)
+    yield 'actors', 'Actors for one learner', actors_table(chip, ROOFLINE_SHARE)
     yield 'check', 'Model and topology; waits in ms', check_table()
 
 

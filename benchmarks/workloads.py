@@ -17,7 +17,6 @@ import ml_collections
 import optax
 
 from benchmarks.cluster import Job, Work
-from configs import rl as rl_configs
 from configs import rl_dmlab30
 from mi import counting
 from mi.lm import factory as lm
@@ -210,13 +209,3 @@ def trajectory_bytes() -> float:
         math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(trajectory)
     )
     return total_bytes / (rows * config.train.length)
-
-
-def pong_update() -> Work:
-    """Return the work of an update in the set 'conv' of benchmarks.rl."""
-    config = rl_configs.get_config().unlock()
-    config.model.update({'core': 'none', 'sites': (), 'features': 512})
-    pixels = jax.ShapeDtypeStruct((84, 84, 4), jnp.uint8)
-    task = jax.ShapeDtypeStruct((), jnp.int32)
-    spec = Spec('atari', {'pixels': pixels, 'task': task}, actions=6, tasks=('Pong',))
-    return rl_work(config, spec, 64)

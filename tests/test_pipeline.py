@@ -88,6 +88,17 @@ def test_old_trajectories_are_dropped():
     assert outcome.dropped > 0 and outcome.lag_max == 4
 
 
+def test_drops_of_the_warm_up_do_not_count():
+    """Equal seeds make equal runs, so the drops before and after an update are those of the run."""
+    topology = dataclasses.replace(BASE, actors=6, max_lag=4)
+    times = Stages(*[exponential(1.0)] * 3, constant(0.0), constant(0.0), constant(0.1))
+    whole, first, rest = (
+        simulate(topology, times, updates, warmup).dropped
+        for updates, warmup in [(500, 0), (250, 0), (500, 250)]
+    )
+    assert min(first, rest) > 0 and first + rest == whole
+
+
 def test_engines_wait_for_the_slowest_core():
     random = np.random.default_rng(0)
     engine = pipeline.Engine(step=1.0, spread=0.0, reset=0.0, episode_length=1)

@@ -114,7 +114,7 @@ def test_the_share_of_a_bound_is_measured_over_bound():
     figure = {'set': 'lstm', 'side': 'mi', 'size': 'quickstart'}
     record = {'figures': [figure | {'tokens_per_second': 64 * 32 / seconds}]}
     at_peak = lambda products: sum(p.flops * p.times for p in products) / 1e12  # noqa: E731
-    share = measurements.lm_share(record, 'lstm', measurements.LSTM_CPU, at_peak)
+    share = measurements.lstm_share(record, at_peak)
     np.testing.assert_allclose(share, 0.25, rtol=1e-6)
 
 
@@ -192,7 +192,6 @@ def test_the_written_tables_are_those_of_the_code():
     chip = cluster.CHIPS[written['chip']]
     remake = 'run python -m benchmarks.scaling --write=benchmarks/results/scaling.json'
     assert written['tables']['check']['rows'] == scaling.check_table(), remake
-    share = measurements.roofline_shares(chip)['agent'].value
     prices = scaling.Prices(written['price'], written['core_price'])
-    table = scaling.rl_table(chip, share, prices)
+    table = scaling.rl_table(chip, scaling.ROOFLINE_SHARE, prices)
     assert written['tables']['dmlab']['rows'] == table, remake
