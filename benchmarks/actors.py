@@ -29,7 +29,7 @@ import numpy as np
 from absl import flags
 from chex import Array
 
-from benchmarks import options, pipeline
+from benchmarks import babyai, options, pipeline
 from configs import rl as configs
 from mi.rl import envs, factory
 from mi.rl.actors import loop as actors_loop
@@ -47,7 +47,6 @@ JSON = options.define_json()
 
 SETS = ('catch', 'babyai')
 WARMUP = 10  # updates in which programs are compiled and the queue fills
-LEVELS = 'babyai/GoToRedBallGrey,GoToLocal,PickupLoc,PutNextLocal'
 
 
 class Stopwatch:
@@ -177,9 +176,7 @@ def make_config(set_name: str, num_actors: int) -> ml_collections.ConfigDict:
         config = configs.get_config('catch').unlock()
     else:
         config = configs.get_config().unlock()
-        config.env.name = LEVELS
-        config.model.update({'instruction': True, 'sites': ('instruction',)})
-        config.model.fusion.name = 'concat'
+        config.update_from_flattened_dict(babyai.SETTINGS | {'model.fusion.name': 'concat'})
     config.train.topology = 'threads'
     config.actors.number = num_actors
     return config
@@ -395,7 +392,7 @@ def main(argv: Sequence[str]) -> None:
     print(f'{host.describe_machine()}, jax {jax.__version__}; seconds in ms, rates in steps/s')
     figures = [
         compare(set_name, num_actors)
-        for set_name in ONLY.value or SETS
+        for set_name in options.select(ONLY, SETS)
         for num_actors in map(int, NUMBERS.value)
     ]
     options.write_json(JSON.value, updates=UPDATES.value, figures=figures)

@@ -346,7 +346,7 @@ def main(argv: Sequence[str]) -> None:
     chip_counts = [int(number) for number in NUMBERS_FLAG.value] or NUMBERS
     for num_chips in chip_counts:
         for family in FAMILIES.value:
-            for job_name in JOBS_FLAG.value or JOBS:
+            for job_name in options.select(JOBS_FLAG, JOBS):
                 if (job_name, family, num_chips) in map(record_key, read_records(path)):
                     continue
                 record = compile_record(job_name, family, num_chips)

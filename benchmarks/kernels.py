@@ -37,6 +37,7 @@ from jax import Array
 from benchmarks import options, plain_rl, rounds
 from configs import lm as lm_configs
 from configs import rl as rl_configs
+from mi.config import UserError, suggest
 from mi.estimate import memory, program, topologies
 from mi.training import host
 
@@ -290,6 +291,7 @@ def main(argv: Sequence[str]) -> None:
     del argv
     host.set_xla_flags()
     if SIDE.value:
+        host.keep_freed_memory()
         rounds.serve(make_step(*SIDE.value.split('/')))
         return
     if TOPOLOGY.value:
@@ -298,13 +300,18 @@ def main(argv: Sequence[str]) -> None:
     else:
         device = jax.devices()[0]
     if WHERE.value:
+        known_sides = [f'{set_name}/{side}' for set_name, sides in SIDES.items() for side in sides]
+        if WHERE.value not in known_sides:
+            raise UserError(
+                f'--where={WHERE.value} is unknown; {suggest(WHERE.value, known_sides)}'
+            )
         print_sources(measure_side(*WHERE.value.split('/'), device))
         return
 
     # Compile, and race what can run.
     print(f'{device.device_kind}, jax {jax.__version__}')
     figures: list[dict[str, Any]] = []
-    for set_name in ONLY.value or SIDES:
+    for set_name in options.select(ONLY, SIDES):
         sides = SIDES[set_name]
         rows = [measure_side(set_name, side, device) for side in sides]
         seconds: dict[str, list[float]] = {}

@@ -5,7 +5,7 @@
 Every regime is timed in f32 with all terms, including zᵀU, Vx and b. The pass 'f' is the forward
 pass. 'fb' adds the gradients of x, z and all parameters. JAX and PyTorch run in separate processes
 with the same allocator settings, and take turns. A turn starts with an untimed call, unless a call
-takes more than a second.
+takes more than a second. Both are on the CPU.
 
 The tables show medians over the rounds. `share` is the rate of useful operations, divided by that
 of the fastest product of two 2048 × 2048 matrices in the same run. A ratio above 1 means that ours
@@ -34,7 +34,6 @@ from absl import flags
 from benchmarks import options
 from benchmarks.layer_sides import Arrays, Side, Tensor, jax_sides, torch_sides
 from benchmarks.regimes import REGIMES, Regime, random_regimes, relative_error
-from mi.config import UserError
 from mi.kernels import bilinear as kernels
 from mi.training import host
 
@@ -84,6 +83,8 @@ def _prepare_torch(regime: Regime, arrays: Mapping[str, np.ndarray]) -> dict[Sid
     for side, layer in torch_sides(regime).items():
         calls[side, 'f'] = functools.partial(forward, layer)
         calls[side, 'fb'] = functools.partial(forward_and_gradient, layer)
+    for call in calls.values():  # compile, as JAX's sides do before they are timed
+        call()
     return calls
 
 
@@ -204,8 +205,9 @@ class Worker:
         self._process = subprocess.Popen(
             [sys.executable, '-m', 'benchmarks.layers', f'--side={library}']
             + (['--measure_memory'] if has_memory else []),
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
+        self._library = library
 
     def ask(self, **request: Any) -> Any:
         """Send a request and return the answer."""
@@ -215,7 +217,10 @@ class Worker:
         stdin.flush()
         answer_line = stdout.readline()
         if not answer_line:
-            raise RuntimeError(f'the worker ended during the request {request}')
+            exit_code = self._process.wait()
+            raise RuntimeError(
+                f'{self._library} ended with exit code {exit_code} during the request {request}'
+            )
         return json.loads(answer_line)
 
     def close(self) -> None:
@@ -380,12 +385,12 @@ def compile_orders(regime: Regime) -> tuple[kernels.Order, dict[kernels.Order, C
     return planned_order, calls
 
 
-def race_orders() -> list[Figure]:
-    """Compare the chosen order with all others, and print and return a row per random shape."""
+def race_orders(regimes: Sequence[Regime]) -> list[Figure]:
+    """Compare the chosen order with all others, and print and return a row per regime."""
     host.keep_freed_memory()
     print(f'{"B, m, n, k":<22}{"plan":>15}{"best":>16}{"plan/best":>11}   all, ms')
     figures = []
-    for regime in random_regimes():
+    for regime in regimes:
         planned_order, calls = compile_orders(regime)
         # Time all orders in turns; the first round is a warm-up.
         times: dict[kernels.Order, list[float]] = {order: [] for order in calls}
@@ -417,16 +422,16 @@ def main(argv: Sequence[str]) -> None:
         return
     print(f'{host.describe_machine()}, jax {jax.__version__}, f32')
     if ORDERS.value:
-        figures = race_orders()
-    else:
-        regime_names = [regime.name for regime in REGIMES + random_regimes()]
-        for prefix in ONLY.value:
-            if not any(known.startswith(prefix) for known in regime_names):
-                known_names = ', '.join(regime_names)
-                raise UserError(f'--only={prefix}: expected one of {known_names}')
-        prefixes = tuple(ONLY.value) or ('',)
-        figures = race([i for i, name in enumerate(regime_names) if name.startswith(prefixes)])
-    options.write_json(JSON.value, figures=figures)
+        by_name = {regime.name: regime for regime in random_regimes()}
+        names = options.select(ONLY, by_name, by_beginning=True)
+        figures = race_orders([by_name[name] for name in names])
+        options.write_json(JSON.value, figures=figures)
+        return
+    options.require_cpu("PyTorch's sides")
+    regime_names = [regime.name for regime in REGIMES + random_regimes()]
+    names = options.select(ONLY, regime_names, by_beginning=True)
+    figures = race([i for i, name in enumerate(regime_names) if name in names])
+    options.write_json(JSON.value, peers=['torch'], figures=figures)
 
 
 if __name__ == '__main__':

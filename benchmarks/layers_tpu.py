@@ -184,6 +184,8 @@ def make_rows(regime: Regime, dtype: str, chip: str) -> Iterator[str]:
 
 def main(argv: Sequence[str]) -> None:
     """Print the table of all regimes, with each row as soon as it is compiled."""
+    selected_names = options.select(ONLY, [regime.name for regime in select_regimes()])
+    options.select(ORDERS, (*DENSE_ORDERS, *ID_ORDERS))  # refuse unknown orders
     topologies.prepare_process()
     versions = {package: importlib.metadata.version(package) for package in ('jax', 'libtpu')}
     print(f'Estimates of the compiler, nothing is executed: {versions}\n')
@@ -191,7 +193,7 @@ def main(argv: Sequence[str]) -> None:
     for regime in select_regimes():
         # Modules of FiLM and of low rank have parameters in f32.
         dtypes = DTYPES.value if regime.form in ('full', 'ids') else ['float32']
-        if ONLY.value and regime.name not in ONLY.value:
+        if regime.name not in selected_names:
             continue
         for dtype in dtypes:
             for chip in CHIPS.value:

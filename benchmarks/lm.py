@@ -23,12 +23,11 @@ parameters (autocast in torch).
 """
 
 import json
-import operator
+import math
 import os
-import statistics
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 from unittest import mock
 
@@ -39,7 +38,7 @@ import numpy as np
 from absl import flags
 from jax import Array
 
-from benchmarks import options, rounds
+from benchmarks import lm_sizes, options, rounds
 from configs import lm as configs
 from mi import cells
 from mi.cells import Carry
@@ -59,46 +58,28 @@ SIDE = options.define_side()
 JSON = options.define_json()
 
 DENSE_FUSIONS = [name for name in FUSIONS if name not in ONE_HOT]
-# As in mi.main; must precede default_backend, which starts JAX's threads.
-host.keep_freed_memory()
-host.set_xla_flags()
-GPU = jax.default_backend() == 'gpu'
-SIZES: dict[str, dict[str, tuple[int, ...]]] = {
-    'lstm': {  # V, E, H, T, B
-        'quickstart': (1024, 64, 256, 64, 32),
-        'default': (256, 128, 512, 64, 32),
-        'ptb': (10_000, 650, 650, 35, 20),
-    },
-    'transformer': {  # V, E = H, layers, heads, T, B
-        'small': (256, 128, 2, 4, 64, 16),
-        'default': (256, 256, 4, 4, 64, 32),
-        'long': (1024, 256, 4, 4, 256, 8),
-    },
-    'cells': {'default': (256, 128, 512, 64, 32)},
-    'fusions': {site: (256, 128, 512, 64, 32) for site in ('encoder', 'decoder', 'both')},
-    'loop': {'default': (256, 128, 512, 64, 32)},
-}
-if GPU:
-    SIZES |= {
-        'lstm': {
-            'default': (256, 128, 512, 64, 32),
-            'ptb': (10_000, 650, 650, 35, 128),
-            'large': (256, 512, 2048, 128, 128),
-        },
-        'transformer': {
-            'default': (256, 512, 8, 8, 256, 64),
-            'long': (32_000, 1024, 12, 16, 1024, 16),
-        },
-        'cells': {'large': (256, 512, 2048, 64, 128)},
-        'fusions': {site: (256, 128, 512, 64, 128) for site in ('encoder', 'decoder', 'both')},
-    }
 SIDES: dict[str, tuple[str, ...]] = {
-    'lstm': ('torch', 'plain', 'products', 'mi', *(('cudnn',) if GPU else ())),
+    'lstm': ('torch', 'plain', 'products', 'mi'),
     'transformer': ('torch', 'torch compiled', 'mi'),
     'cells': tuple(cells.CELLS),
     'fusions': ('concat', *(name for name in DENSE_FUSIONS if name != 'concat')),
     'loop': ('steps', 'run'),
 }
+
+
+def is_gpu() -> bool:
+    """Return whether JAX runs on a GPU. Starts JAX."""
+    return jax.default_backend() == 'gpu'
+
+
+def get_sizes() -> lm_sizes.Sizes:
+    """Return set → name → sizes on this device."""
+    return lm_sizes.GPU if is_gpu() else lm_sizes.CPU
+
+
+def list_sides(set_name: str) -> tuple[str, ...]:
+    """Return the sides of a set on this device."""
+    return (*SIDES[set_name], *(['cudnn'] if set_name == 'lstm' and is_gpu() else []))
 
 
 def torch_lstm(V: int, E: int, H: int, T: int, B: int) -> Callable[[], object]:
@@ -173,8 +154,10 @@ def torch_transformer(sizes: Sequence[int], is_compiled: bool) -> Callable[[], o
             self.norm, self.decoder = torch.nn.RMSNorm(H), torch.nn.Linear(H, H)
             self.output = torch.nn.Linear(H, V)
 
-        def forward(self, tokens):
-            return self.output(self.decoder(self.norm(self.blocks(self.embedding(tokens)))))
+        def forward(self, tokens, targets):
+            hidden = self.norm(self.blocks(self.embedding(tokens)))
+            logits = self.output(self.decoder(hidden)).float().reshape(-1, V)
+            return functional.cross_entropy(logits, targets.reshape(-1))  # compiled with the model
 
     # Model, optimizer and data.
     model = Model().to(device)
@@ -184,8 +167,7 @@ def torch_transformer(sizes: Sequence[int], is_compiled: bool) -> Callable[[], o
 
     def step() -> None:
         with torch.autocast(device, torch.bfloat16, enabled=device == 'cuda'):
-            logits = forward(tokens[:, :-1])
-        loss = functional.cross_entropy(logits.float().reshape(-1, V), tokens[:, 1:].reshape(-1))
+            loss = forward(tokens[:, :-1], tokens[:, 1:])
         _apply_gradient(model, optimizer, loss)
 
     return step
@@ -206,7 +188,13 @@ def _torch_device() -> str:
     import torch
 
     torch.backends.cuda.matmul.allow_tf32 = True  # as XLA's f32 products, and cuDNN's by default
-    return 'cuda' if torch.cuda.is_available() else 'cpu'
+    if torch.cuda.is_available() != is_gpu():
+        raise UserError(
+            f"JAX's backend is {jax.default_backend()}: expected that of PyTorch, which has "
+            f'{"a" if torch.cuda.is_available() else "no"} GPU. Try JAX_PLATFORMS=cpu with '
+            f"CUDA_VISIBLE_DEVICES=, or PyTorch's build for the GPU"
+        )
+    return 'cuda' if is_gpu() else 'cpu'
 
 
 @jax.custom_vjp
@@ -255,7 +243,7 @@ products_alone.defvjp(_products_forward, _products_backward)
 def make_config(set_name: str, size_name: str, side: str) -> ml_collections.ConfigDict:
     """Return the config of a side that uses our code."""
     config = configs.get_config().unlock()
-    sizes = SIZES[set_name][size_name]
+    sizes = get_sizes()[set_name][size_name]
     config.model.update({'site': 'none', 'tied': False})
     for dropout_key in ('input', 'layer', 'output'):
         config.dropout[dropout_key] = 0.0
@@ -263,7 +251,7 @@ def make_config(set_name: str, size_name: str, side: str) -> ml_collections.Conf
         _, hidden_size, num_layers, num_heads, num_steps, batch_size = sizes
         config.model.update({'core': 'transformer', 'layers': num_layers, 'heads': num_heads})
         config.model.update({'embed': hidden_size, 'hidden': hidden_size, 'ffn': 4 * hidden_size})
-        config.model.dtype = 'bfloat16' if GPU else 'float32'
+        config.model.dtype = 'bfloat16' if is_gpu() else 'float32'
     else:
         _, embed_size, hidden_size, num_steps, batch_size = sizes
         config.model.update({'embed': embed_size, 'hidden': hidden_size})
@@ -318,7 +306,6 @@ def trainer_run(config: ml_collections.ConfigDict) -> Callable[[], object]:
     """
     config.train.update({'steps': 150, 'log_every': 50, 'eval_every': 150, 'save_every': 150})
     config.eval.update({'valid_tokens': 2, 'final_tokens': 2})
-    config.model.tied = True
 
     def run_trainer() -> float:
         start_time = time.perf_counter()
@@ -334,7 +321,7 @@ def trainer_run(config: ml_collections.ConfigDict) -> Callable[[], object]:
 
 def make_step(set_name: str, size_name: str, side: str) -> Callable[[], object]:
     """Return a function that runs a training step of a side."""
-    sizes = SIZES[set_name][size_name]
+    sizes = get_sizes()[set_name][size_name]
     if side == 'torch' and set_name == 'lstm':
         return torch_lstm(*sizes)
     if side.startswith('torch'):
@@ -350,48 +337,18 @@ def make_step(set_name: str, size_name: str, side: str) -> Callable[[], object]:
         return mi_step(config, sizes[0])
 
 
-def print_ratios(
-    seconds: Mapping[str, Sequence[float]], tokens_per_step: int
-) -> list[dict[str, Any]]:
-    """Print and return a row for each side.
-
-    Args:
-      seconds: side → seconds per step in each round. The first side is the reference for the
-        ratios.
-      tokens_per_step: number of tokens in a step.
-    """
-    peer = next(iter(seconds))
-    figures = []
-    print(f'{"":<16}{"ms a step":>12}{"tokens/s":>12}{"× " + peer:>18}  range')
-    for side, side_seconds in seconds.items():
-        ratios = sorted(map(operator.truediv, seconds[peer], side_seconds))
-        median_seconds, median_ratio = statistics.median(side_seconds), statistics.median(ratios)
-        tokens_per_second = tokens_per_step / median_seconds
-        print(
-            f'{side:<16}{1000 * median_seconds:12.2f}{tokens_per_second:12,.0f}'
-            f'{median_ratio:18.2f}  {ratios[0]:.2f}–{ratios[-1]:.2f}',
-            flush=True,
-        )
-        figures.append(
-            {
-                'side': side,
-                'seconds': median_seconds,
-                'tokens_per_second': tokens_per_second,
-                'ratio': median_ratio,
-                'ratios': ratios,
-            }
-        )
-    return figures
-
-
 def main(argv: Sequence[str]) -> None:
     """Compare the sides of every set, or serve as one of them."""
     del argv
+    # As in mi.main; must precede default_backend, which starts JAX's threads.
+    host.keep_freed_memory()
+    host.set_xla_flags()
     if SIDE.value:
         read_clock = time.process_time if CPU_TIME.value else time.perf_counter
         rounds.serve(make_step(*SIDE.value.split('/')), read_clock=read_clock)
         return
-    if CPU_TIME.value and (GPU or 'loop' in (ONLY.value or SIZES)):
+    set_names = options.select(ONLY, SIDES)
+    if CPU_TIME.value and (is_gpu() or 'loop' in set_names):
         raise UserError(
             '--cpu_time: expected a CPU, and --only=SETS without loop, whose ratio is of times'
         )
@@ -401,20 +358,22 @@ def main(argv: Sequence[str]) -> None:
         os.environ['XLA_FLAGS'] = f'{flags_of_user} --xla_cpu_multi_thread_eigen=false'
     print(f'{host.describe_machine()}, jax {jax.__version__}')
     figures: list[dict[str, Any]] = []
-    for set_name in ONLY.value or SIZES:
-        for size_name, sizes in SIZES[set_name].items():
+    for set_name in set_names:
+        for size_name, sizes in get_sizes()[set_name].items():
             commands = {
                 side: [
                     *('-m', 'benchmarks.lm', f'--side={set_name}/{size_name}/{side}'),
                     f'--cpu_time={CPU_TIME.value}',
                 ]
-                for side in SIDES[set_name]
+                for side in list_sides(set_name)
             }
             seconds = rounds.race(commands, ROUNDS.value)
-            print(f'\n{set_name}, {size_name} {sizes}')
-            for figure in print_ratios(seconds, tokens_per_step=sizes[-1] * sizes[-2]):
+            title = f'{set_name}, {size_name} {sizes}'
+            num_tokens = dict.fromkeys(commands, math.prod(sizes[-2:]))
+            for figure in rounds.print_ratios(title, 'tokens', num_tokens, seconds):
                 figures.append({'set': set_name, 'size': size_name, **figure})
-    options.write_json(JSON.value, rounds=ROUNDS.value, cpu_time=CPU_TIME.value, figures=figures)
+    settings = {'rounds': ROUNDS.value, 'cpu_time': CPU_TIME.value}
+    options.write_json(JSON.value, peers=['torch'], **settings, figures=figures)
 
 
 if __name__ == '__main__':

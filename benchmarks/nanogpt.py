@@ -163,7 +163,7 @@ def compute_learning_rates(recipe: Recipe) -> np.ndarray:
 
 
 def make_torch_model(recipe: Recipe, vocabulary: int) -> Any:
-    """Return the torch model, ids [B, T] → logits [B, T, V]."""
+    """Return the torch model, ids [B, T] → logits [B, T, V], or the mean loss of targets [B, T]."""
     import torch
     from torch import nn
 
@@ -192,10 +192,14 @@ def make_torch_model(recipe: Recipe, vocabulary: int) -> Any:
             self.blocks = nn.Sequential(*(Block() for _ in range(recipe.layers)))
             self.norm = nn.LayerNorm(H, bias=False)
 
-        def forward(self, ids):
+        def forward(self, ids, targets=None):
             positions = self.positions(torch.arange(ids.shape[1]))
             hidden = self.norm(self.blocks(self.words(ids) + positions))
-            return hidden @ self.words.weight.T
+            logits = hidden @ self.words.weight.T
+            if targets is None:
+                return logits
+            # In here, so that torch.compile fuses it, as in nanoGPT.
+            return nn.functional.cross_entropy(logits.reshape(-1, vocabulary), targets.reshape(-1))
 
     # Initial values: deviation 0.02, less for the products that end in the residual stream.
     model = Model()
@@ -226,9 +230,7 @@ def make_torch_side(recipe: Recipe, vocabulary: int, seed: int, is_compiled: boo
 
     def compute_loss(tokens: np.ndarray) -> Any:
         ids = torch.from_numpy(tokens).long()
-        logits = forward(ids[:, :-1])
-        targets = ids[:, 1:].reshape(-1)
-        return torch.nn.functional.cross_entropy(logits.reshape(-1, vocabulary), targets)
+        return forward(ids[:, :-1], ids[:, 1:])
 
     def update(tokens: np.ndarray, step: int) -> None:
         for group in optimizer.param_groups:
@@ -400,6 +402,7 @@ def main(argv: Sequence[str]) -> None:
     all_turns = list_turns(STEPS.value, TURNS.value)
     recipe = Recipe(steps=STEPS.value)
     text = load_text(DATA.value, recipe.length)
+    options.require_cpu("PyTorch's sides")
     if SIDE.value:
         side = make_side(SIDE.value, recipe, text.vocabulary, SEED.value)
         rounds.serve_turns(train_in_turns(side, text, recipe, SEED.value, all_turns))
@@ -411,7 +414,7 @@ def main(argv: Sequence[str]) -> None:
     commands = {side: ['-m', 'benchmarks.nanogpt', f'--side={side}', *shared] for side in sides}
     results = rounds.race(commands, TURNS.value, json.loads)
     figures = print_table(results, recipe)
-    options.write_json(JSON.value, figures=figures)
+    options.write_json(JSON.value, peers=['torch'], figures=figures)
 
 
 if __name__ == '__main__':

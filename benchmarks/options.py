@@ -4,15 +4,17 @@ absl refuses a second definition of a flag in a process unless it may override t
 import several benchmarks into one process.
 """
 
+import contextlib
+import importlib.metadata
 import json
 import pathlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import jax
 from absl import app, flags
 
-from mi.config import UserError
+from mi.config import UserError, suggest
 from mi.training import host
 
 
@@ -50,8 +52,51 @@ def define_json() -> flags.FlagHolder[str | None]:
     )
 
 
-def write_json(file: str | None, **record: object) -> None:
-    """Write a record, and the machine and version of JAX, to the file of --json, if any."""
+def select(
+    flag: flags.FlagHolder[list[str]], known: Iterable[str], by_beginning: bool = False
+) -> list[str]:
+    """Return the known names that a flag lists, in the flag's order, or all of them by default.
+
+    Args:
+      flag: flag with a list of names, such as --only.
+      known: all names.
+      by_beginning: whether the flag lists beginnings of names. If so, the known names keep their
+        order.
+
+    Raises:
+      UserError: if a name, or a beginning, is unknown.
+    """
+    known_names = list(known)
+    for name in flag.value:
+        beginnings = [known_name[: len(name)] for known_name in known_names]
+        if name not in (beginnings if by_beginning else known_names):
+            raise UserError(f'--{flag.name}={name} is unknown; {suggest(name, known_names)}')
+    if by_beginning:
+        return [name for name in known_names if name.startswith(tuple(flag.value or ['']))]
+    return flag.value or known_names
+
+
+def require_cpu(peer: str) -> None:
+    """Raise a `UserError` unless JAX runs on the CPU, where a peer runs. Starts JAX."""
+    backend = jax.default_backend()
+    if backend != 'cpu':
+        raise UserError(
+            f"JAX's backend is {backend}: expected cpu, like that of {peer}. Try JAX_PLATFORMS=cpu"
+        )
+
+
+def write_json(file: str | None, peers: Iterable[str] = (), **record: object) -> None:
+    """Write a record to the file of --json, if any, with the machine and the version of JAX.
+
+    Args:
+      file: path of the file, or None.
+      peers: other packages that take part, whose versions are written too if they are installed.
+      **record: the record.
+    """
     if file:
-        record = {'machine': host.describe_machine(), 'jax': jax.__version__} | record
+        versions = {'jax': jax.__version__}
+        for peer in peers:
+            with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+                versions[peer] = importlib.metadata.version(peer)
+        record = {'machine': host.describe_machine()} | versions | record
         pathlib.Path(file).write_text(json.dumps(record, indent=2) + '\n')

@@ -251,7 +251,8 @@ def make_xland_update(
     with jax.numpy_rank_promotion('allow'):
         reset_all = jax.jit(jax.vmap(environment.reset))
         time_step, task = reset_all(jax.random.split(jax.random.key(0), batch_size))
-        carry = (jnp.zeros((batch_size, config.model.hidden)),) * 2
+        # Two buffers, because the state is donated.
+        carry = tuple(jnp.zeros((batch_size, config.model.hidden)) for _ in range(2))
         loop_state = LoopState(time_step, task, jnp.zeros(batch_size, jnp.int32), carry)
         inputs = jax.tree.map(lambda array: array[None], make_inputs(*loop_state[:3]))
         params = jax.jit(network.init)(jax.random.key(1), carry, inputs)['params']
@@ -266,7 +267,8 @@ def xland_step(
     update, arguments = make_xland_update(config, fusion)
     learner_state, loop_state, _ = arguments
     with jax.numpy_rank_promotion('allow'):
-        compiled = jax.jit(update).lower(*arguments).compile()
+        jitted = jax.jit(update, donate_argnums=(0, 1))
+        compiled = jitted.lower(*arguments).compile()
     update_keys = iter(jax.random.split(jax.random.key(2), 100_000))
 
     def run_update() -> None:

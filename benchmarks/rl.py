@@ -12,15 +12,14 @@
     conv      an update with the convolutions of DQN, against PyTorch's forward and backward pass of
               the convolutions alone. XLA's CPU backend is many times slower at them inside a scan
 
-The sides take turns (`benchmarks.rounds`). The peers are in `benchmarks.plain_rl` and
-`benchmarks.rllib`. The table shows medians over the rounds, and the median over rounds of the ratio
-to the peer.
+The sides take turns (`benchmarks.rounds`). Between its turns, a side with actor threads is stopped,
+so that every step that it learns from is made on its clock. The peers are in `benchmarks.plain_rl`
+and `benchmarks.rllib`. The table shows medians over the rounds, and the median over rounds of the
+ratio to the peer.
 """
 
 import functools
-import operator
-import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import chex
@@ -29,7 +28,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from benchmarks import options, rounds
+from benchmarks import babyai, options, rounds
 from configs import rl as configs
 from mi.rl import envs, factory, learner
 from mi.rl.actors import loop as actors_loop
@@ -46,7 +45,6 @@ ONLY = options.define_only('Sets for this device')
 SIDE = options.define_side()
 JSON = options.define_json()
 
-LEVELS = 'babyai/GoToRedBallGrey,GoToLocal,PickupLoc,PutNextLocal'
 FUSIONS = ('none', 'concat', 'multi_head', 'film', 'mi_low_rank', 'mi')
 # Set → sides, the peer of the ratios first.
 SETS = {
@@ -67,10 +65,7 @@ def make_config(set_name: str) -> ml_collections.ConfigDict:
     if set_name == 'xland':
         config.model.sites = ('readout',)  # where the plain loop has its fusion
     elif set_name == 'babyai':
-        config.env.name = LEVELS
-        config.model.update({'instruction': True, 'sites': ('instruction',)})
-        config.model.fusion.name = 'concat'
-        config.train.topology = 'threads'
+        config.update_from_flattened_dict(babyai.SETTINGS | {'model.fusion.name': 'concat'})
     elif set_name == 'seeds':
         config.train.batch = 4096
     elif set_name in ('pong', 'conv'):
@@ -107,7 +102,10 @@ def fused_step(config: ml_collections.ConfigDict) -> Callable[[], object]:
 
 
 def threads_step(config: ml_collections.ConfigDict) -> Callable[[], object]:
-    """Return a function that runs an update of the topology 'threads', with running actors."""
+    """Return a function that runs an update of the topology 'threads', with running actors.
+
+    It dispatches the update and returns its metrics without waiting for them, like the trainer.
+    """
     pool = envs.pool(config.env.name, config.actors.batch, 0)
     agent = factory.build_agent(config, pool.spec)
     optimizer = optim.make_optimizer(config.optim, 1000)
@@ -119,14 +117,15 @@ def threads_step(config: ml_collections.ConfigDict) -> Callable[[], object]:
     actors.__enter__()
     version, window = 0, actors_loop.Window()
 
-    def step() -> None:
+    def step() -> dict[str, jax.Array]:
         nonlocal learner_state, version
         items = actors_loop.take_batch(config, actors, version, window)
-        learner_state, _ = update(
+        learner_state, metrics = update(
             learner_state, concatenate_trajectories([item.trajectory for item in items])
         )
         version += 1
         actors.publish(learner_state.params, version)
+        return metrics
 
     return step
 
@@ -215,6 +214,7 @@ def torch_convolutions(config: ml_collections.ConfigDict) -> Callable[[], object
     """Return a function that runs the forward and backward pass of the convolutions in torch."""
     import torch
 
+    options.require_cpu("PyTorch's convolutions")
     convolutions = torch.nn.Sequential(
         *(torch.nn.Conv2d(4, 32, 8, 4), torch.nn.ReLU(), torch.nn.Conv2d(32, 64, 4, 2)),
         *(torch.nn.ReLU(), torch.nn.Conv2d(64, 64, 3, 1), torch.nn.ReLU()),
@@ -255,39 +255,6 @@ def make_step(set_name: str, side: str) -> Callable[[], object]:
     return fused_step(config) if side in (*FUSIONS, 'whole') else parts_step(config, side)
 
 
-def print_ratios(set_name: str, seconds: Mapping[str, Sequence[float]]) -> list[dict[str, Any]]:
-    """Print and return a row for each side of a set.
-
-    Args:
-      set_name: name of the set.
-      seconds: side → seconds per update in each round. The first side is the reference for the
-        ratios.
-    """
-    peer = next(iter(seconds))
-    figures = []
-    print(f'\n{set_name:<20}{"ms an update":>14}{"steps/s":>12}{"× " + peer:>22}  range')
-    for side, side_seconds in seconds.items():
-        ratios = sorted(map(operator.truediv, seconds[peer], side_seconds))
-        median_seconds, median_ratio = statistics.median(side_seconds), statistics.median(ratios)
-        steps_per_second = count_steps(set_name, side) / median_seconds
-        print(
-            f'{side:<20}{1000 * median_seconds:14.2f}{steps_per_second:12,.0f}'
-            f'{median_ratio:22.2f}  {ratios[0]:.2f}–{ratios[-1]:.2f}',
-            flush=True,
-        )
-        figures.append(
-            {
-                'set': set_name,
-                'side': side,
-                'seconds': median_seconds,
-                'steps_per_second': steps_per_second,
-                'ratio': median_ratio,
-                'ratios': ratios,
-            }
-        )
-    return figures
-
-
 def main(argv: Sequence[str]) -> None:
     """Compare the sides of every set, or serve as one of them."""
     del argv
@@ -299,15 +266,21 @@ def main(argv: Sequence[str]) -> None:
         rounds.serve(make_step(set_name, side), seconds=4.0 if is_slow else 1.5)
         return
     print(f'{host.describe_machine()}, jax {jax.__version__}')
-    figures = []
+    figures: list[dict[str, Any]] = []
     has_gpu = jax.default_backend() == 'gpu'
     device_sets = [set_name for set_name in SETS if (set_name == 'seeds') == has_gpu]
-    for set_name in ONLY.value or device_sets:
+    selected_sets = options.select(ONLY, SETS) if ONLY.value else device_sets
+    for set_name in selected_sets:
         commands = {
             side: ['-m', 'benchmarks.rl', f'--side={set_name}/{side}'] for side in SETS[set_name]
         }
-        figures += print_ratios(set_name, rounds.race(commands, ROUNDS.value))
-    options.write_json(JSON.value, rounds=ROUNDS.value, figures=figures)
+        threads_sides = [side for side in commands if side.startswith('threads')]
+        seconds = rounds.race(commands, ROUNDS.value, stopped=threads_sides)
+        num_steps = {side: count_steps(set_name, side) for side in commands}
+        for figure in rounds.print_ratios(set_name, 'steps', num_steps, seconds):
+            figures.append({'set': set_name, **figure})
+    peers = 'torch', 'ray', 'xminigrid'
+    options.write_json(JSON.value, peers, rounds=ROUNDS.value, figures=figures)
 
 
 if __name__ == '__main__':

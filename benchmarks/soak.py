@@ -20,7 +20,7 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from benchmarks import options, rl
+from benchmarks import babyai, options
 from mi.training import host
 
 MINUTES = flags.DEFINE_integer('minutes', 10, 'Length of the test.', lower_bound=1)
@@ -50,10 +50,7 @@ def main(argv: Sequence[str]) -> None:
             f'--workdir={workdir}',
         ]
         overrides = {
-            'env.name': rl.LEVELS,
-            'model.instruction': True,
-            'model.sites': "('instruction',)",
-            'train.topology': 'threads',
+            **babyai.SETTINGS,
             'train.steps': 10**10,
             'train.log_every': 10,
         }
@@ -95,13 +92,19 @@ def watch(process: subprocess.Popen[bytes], workdir: pathlib.Path) -> None:
             f'{sum(record["dropped"] for record in updates):9.0f}{mean_queue:8.1f}',
             flush=True,
         )
-    # Stop the run and wait until it has saved.
+    stop(process, workdir)
+
+
+def stop(process: subprocess.Popen[bytes], workdir: pathlib.Path) -> None:
+    """Stop the run with SIGTERM and print its exit code, which must be 143, and its status."""
     process.send_signal(signal.SIGTERM)
     stop_time = time.perf_counter()
     exit_code = process.wait(120)
     save_seconds = time.perf_counter() - stop_time
     run_status = json.loads((workdir / 'status.json').read_text())
     print(f'\nSIGTERM: exit code {exit_code} after {save_seconds:.1f} s, {run_status}')
+    if exit_code != 143:
+        sys.exit(f'error: expected exit code 143 after SIGTERM, got {exit_code}')
 
 
 if __name__ == '__main__':

@@ -111,6 +111,10 @@ def test_the_model_in_torch_is_causal_and_has_the_parameters_of_the_recipe():
     ids = torch.arange(16).reshape(2, 8) % V
     logits = model(ids)
     assert logits.shape == (2, 8, V)
+    log_probs = logits.log_softmax(-1).detach().numpy()
+    targets = (ids + 3) % V
+    expected = -np.take_along_axis(log_probs, targets.numpy()[..., None], -1).mean()
+    np.testing.assert_allclose(model(ids, targets).item(), expected, rtol=1e-5)
     changed = ids.clone()
     changed[:, 5] = (ids[:, 5] + 1) % V
     differs = (model(changed) != logits).any(-1)
