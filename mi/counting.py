@@ -14,6 +14,9 @@ import jax
 from flax import linen as nn
 from jax.extend import core
 
+PRODUCTS_BY_ID = ('multiply_sorted_rows', 'sum_sorted_products')
+"""Jitted functions of `mi.kernels.by_id`. Each multiplies every row of its inputs once."""
+
 if TYPE_CHECKING:
     import chex
 
@@ -40,8 +43,9 @@ class Product(NamedTuple):
 def products(function: Callable[..., object], *args: object) -> list[Product]:
     """Return the matrix products and convolutions that function(*args) computes.
 
-    The body of a scan counts once per iteration, and a conditional counts as its most expensive
-    branch. The arguments can be arrays or shapes.
+    The body of a scan counts once per iteration, the body of a while loop once, and a conditional
+    counts as its most expensive branch. The kernel for W[ids] x counts as one product, because its
+    loops have a dynamic length. The arguments can be arrays or shapes.
     """
     return _find_products(jax.make_jaxpr(function)(*args).jaxpr, 1)
 
@@ -51,8 +55,10 @@ def flops(function: Callable[..., object], *args: object) -> int:
 
     A product of [a, b] and [b, c] counts 2·a·b·c. Additions, activations and look-ups are not
     counted. The body of a scan counts once per iteration, whereas `compiled.cost_analysis()` counts
-    it only once. A conditional counts as its most expensive branch. The arguments can be arrays or
-    shapes.
+    it only once. The body of a while loop counts once, because its number of iterations is not
+    known. The loops of the kernel for W[ids] x are an exception: with x [B, n] and W [m, n, k],
+    they count 2·B·n·k. A conditional counts as its most expensive branch. The arguments can be
+    arrays or shapes.
     """
     return _sum_flops(products(function, *args))
 
@@ -75,6 +81,8 @@ def _find_products(jaxpr: core.Jaxpr, times: int) -> list[Product]:
             out_features = shapes[1][eqn.params['dimension_numbers'].rhs_spec[0]]
             num_flops = 2 * math.prod(shapes[1]) // out_features * output_size
             matmuls.append(Product(num_flops, _count_bytes(eqn), times))
+        elif eqn.primitive.name == 'jit' and eqn.params['name'] in PRODUCTS_BY_ID:
+            matmuls.append(Product(_count_flops_by_id(eqn), _count_bytes(eqn), times))
         elif eqn.primitive.name == 'cond':
             branches = [_find_products(branch.jaxpr, times) for branch in eqn.params['branches']]
             costliest_branch: list[Product] = max(branches, key=_sum_flops)
@@ -84,6 +92,15 @@ def _find_products(jaxpr: core.Jaxpr, times: int) -> list[Product]:
             for inner_jaxpr in _list_inner_jaxprs(eqn):
                 matmuls += _find_products(inner_jaxpr, times * num_iterations)
     return matmuls
+
+
+def _count_flops_by_id(eqn: core.JaxprEqn) -> int:
+    """Count 2·B·n·k for rows [B, n] and [B, k], of which `jax.vmap` may have batched one or both."""
+    variables: Any = (*eqn.invars[:2], eqn.outvars[0])
+    x_shape, factor_shape, output_shape = (variable.aval.shape for variable in variables)
+    is_forward = eqn.params['name'] == 'multiply_sorted_rows'
+    y_shape = output_shape if is_forward else factor_shape
+    return 2 * max(math.prod(x_shape) * y_shape[-1], x_shape[-1] * math.prod(y_shape))
 
 
 def _count_bytes(eqn: core.JaxprEqn) -> int:

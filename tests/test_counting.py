@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import pytest
 
 from mi import counting
+from mi.kernels.bilinear import bilinear
 
 
 def test_parameters_counts_shapes():
@@ -53,6 +54,31 @@ def test_products_have_the_bytes_of_both_factors_and_of_the_result():
     assert counting.products(loop, x, W) == [
         counting.Product(2 * 7 * 3 * 5, 2 * (7 * 3 + 3 * 5 + 7 * 5), 4),
     ]
+
+
+def test_rows_by_id_cost_one_product_however_the_ids_are_distributed():
+    B, m, n, k, seeds = 2048, 5, 64, 48, 3
+    x, W = jax.ShapeDtypeStruct((B, n), jnp.float32), jax.ShapeDtypeStruct((m, n, k), jnp.float32)
+    ids = jax.ShapeDtypeStruct((B,), jnp.int32)
+
+    def multiply(x, ids, W):
+        return bilinear(x, ids, W, order='groups')
+
+    def differentiate(x, ids, W):
+        return jax.grad(lambda x, W: (multiply(x, ids, W) ** 2).sum(), (0, 1))(x, W)
+
+    one = 2 * B * n * k
+    assert (
+        counting.flops(multiply, x, ids, W) == one == counting.flops(jax.jit(multiply), x, ids, W)
+    )
+    assert counting.flops(differentiate, x, ids, W) == 3 * one
+
+    # Several models on the same rows, and on rows of their own.
+    models = jax.ShapeDtypeStruct((seeds, *W.shape), W.dtype)
+    for in_axes, rows in (((None, None, 0), x), ((0, None, 0), x.update(shape=(seeds, B, n)))):
+        for function, products in ((multiply, 1), (differentiate, 3)):
+            batched = jax.vmap(function, in_axes)
+            assert counting.flops(batched, rows, ids, models) == seeds * products * one
 
 
 @pytest.mark.parametrize('guess', [None, 1, 2, 30, 203, 5000])
