@@ -126,6 +126,26 @@ def test_texts_that_differ_in_a_word_or_in_where_they_end_have_tokens_of_their_o
     assert len(end.tokens['train']) == 3 and len(end.tokens['valid']) == 6
 
 
+def test_the_same_texts_in_other_splits_have_tokens_of_their_own(tmp_path, cache, monkeypatch):
+    """The bytes and the lengths of all four are the same, in the same order."""
+    for i in range(4):
+        (tmp_path / f'{i}.txt').write_text(f'{i} a b\n')
+    corpora = {}
+    for larger, division in {'train': (2, 3), 'valid': (1, 3)}.items():
+
+        def read(path, splits, cache, division=division):
+            texts = [sources.open_text(file, cache) for file in sorted(path.iterdir())]
+            start, stop = division
+            return {'train': texts[:start], 'valid': texts[start:stop], 'test': texts[stop:]}
+
+        monkeypatch.setitem(sources.CORPORA, 'divided', sources.Source(read))
+        recipe = Recipe('divided', 'token', 50)
+        corpora[larger] = token_store.load(recipe, cache, path=str(tmp_path))
+    for larger, corpus in corpora.items():
+        for split, ids in corpus.tokens.items():
+            assert len(ids) == 4 * (1 + (split == larger))
+
+
 def test_large_token_files_are_hashed_when_asked_and_always_measured(tmp_path, cache, monkeypatch):
     monkeypatch.setattr(token_store, 'HASHED', 10)
     source = write(tmp_path, train='a few words of training text\n')

@@ -171,7 +171,8 @@ def _load(recipe: Recipe, texts: Texts, cache_directory: pathlib.Path, verify: b
         read_tokenizer(recipe.tokenizer)  # refuse it before the text is read
         tokenizer_sha256 = hash_file(pathlib.Path(recipe.tokenizer))
     vocabulary = tokenizer_sha256 or recipe.vocabulary
-    options = [recipe.level, vocabulary, splits, recipe.fit, checks, *versions]
+    num_texts = [[split, len(split_texts)] for split, split_texts in texts.items()]
+    options = [recipe.level, vocabulary, splits, recipe.fit, checks, num_texts, *versions]
     text_spans = [text.array() for split_texts in texts.values() for text in split_texts]
     span_lengths = np.array([len(text_span) for text_span in text_spans])
     recipe_key = _compute_sha256(json.dumps(options).encode(), span_lengths, *text_spans)[:16]
