@@ -233,6 +233,9 @@ def match_size(
 
     def compute_cost(changes: Mapping[str, object]) -> int:
         resized = _override(config, changes)
+        if 'model.fusion.name' in changes:  # the options are those of the config's own fusion
+            with resized.unlocked():
+                resized.model.fusion.options = ml_collections.ConfigDict()
         model, variables, inputs = _make_shapes(resized, vocabulary, num_domains)
         if config.match.by == 'parameters':
             return counting.parameters(variables)

@@ -146,6 +146,24 @@ def test_matching_by_rank_and_what_cannot_match():
         factory.match_size(tiny(**{'match.by': 'parameters', 'match.target': 10}), 256)
 
 
+def test_the_baseline_does_not_have_the_options_of_the_fusion():
+    match = {'model.hidden': 96, 'match.by': 'parameters'}
+    target = factory.compute_costs(tiny(**match, **{'model.fusion.name': 'concat'}), 256)
+    changes = {'model.fusion.name': 'mfb', 'model.fusion.options': {'factors': 4}}
+    matched = factory.match_size(tiny(**match, **changes), 256)
+    assert matched.model.fusion.options.to_dict() == {'factors': 4}
+    cost = factory.compute_costs(matched, 256)['parameters']['model']
+    assert cost == pytest.approx(target['parameters']['model'], rel=0.02)
+
+
+def test_rows_by_id_are_matched_by_all_of_their_flops():
+    """Domains are ids: each token is multiplied by one matrix, as by that of no context."""
+    changes = {'model.source': 'domain', 'model.site': 'decoder', 'train.batch': 16}
+    costs = factory.compute_costs(tiny(**changes, **{'model.fusion.name': 'multi_head'}), 256, 6)
+    plain = factory.compute_costs(tiny(**changes, **{'model.fusion.name': 'none'}), 256, 6)
+    assert costs['flops_per_token'] == plain['flops_per_token']
+
+
 def test_a_matched_transformer_has_a_feed_forward_layer():
     changes = {'model.ffn': 1, 'model.heads': 2, 'match.by': 'parameters', 'match.target': 8000}
     config = factory.match_size(tiny(**{'model.core': 'transformer'}, **changes), 256)
