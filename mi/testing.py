@@ -23,7 +23,12 @@ import numpy as np
 from flax import linen as nn
 from jax import Array
 
-FEATURES, CONTEXT, OUTPUTS = 12, 8, 16  # sizes n, m and k that do not divide each other
+FEATURES, CONTEXT, OUTPUTS = 12, 8, 18  # sizes n, m and k that do not divide each other
+LEADING_AXES: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...] = (
+    *(((), ()), ((6,), (6,)), ((2, 5), (2, 1)), ((2, 5), (5,)), ((2, 5), ())),
+    *(((2, 1), (2, 5)), ((5,), (2, 5)), ((2, 1), (1, 5))),
+)
+"""Leading axes of x and of z that broadcast against each other."""
 STEPS, ROWS = 6, 3
 TOLERANCE = 2e-5
 
@@ -34,8 +39,8 @@ def check_fusion(
 ) -> None:
     """Check that a module (x, z) → y meets the requirements of `mi.fusion`.
 
-    - y is [..., features] for all broadcastable leading axes, and broadcasting z is equivalent to
-      repeating it.
+    - y is [..., features] for leading axes of x and z that broadcast. Broadcasting a stream is
+      equivalent to repeating it.
     - Each row of y depends only on its own row of x and z, and `jit` and `vmap` do not change it.
     - The gradients of every parameter, of x and of z are finite and not all zero.
     - `dtype` is the dtype of y, and parameters stay in `param_dtype`.
@@ -52,16 +57,18 @@ def check_fusion(
     variables = randomize(module, jnp.zeros((1, FEATURES)), _draw_context(1, is_one_hot))
     apply = jax.jit(module.apply)
 
-    # Leading axes, and a context that is shared.
-    for x_rows, z_rows in (((), ()), ((6,), (6,)), ((2, 5), (2, 1)), ((2, 5), (5,))):
+    # Leading axes, where either stream can be shared.
+    for x_rows, z_rows in LEADING_AXES:
         x, z = _normal(0, *x_rows, FEATURES), _draw_context(z_rows, is_one_hot)
+        rows = jnp.broadcast_shapes(x_rows, z_rows)
         y = apply(variables, x, z)
         _expect(
-            y.shape == (*x_rows, OUTPUTS),
-            f'x {x.shape} and z {z.shape}: expected y {(*x_rows, OUTPUTS)}, got {y.shape}',
+            y.shape == (*rows, OUTPUTS),
+            f'x {x.shape} and z {z.shape}: expected y {(*rows, OUTPUTS)}, got {y.shape}',
         )
-        repeated = jnp.broadcast_to(z, (*x_rows, CONTEXT))
-        _expect_close(y, apply(variables, x, repeated), f'z {z.shape} and z repeated', TOLERANCE)
+        repeated = jnp.broadcast_to(x, (*rows, FEATURES)), jnp.broadcast_to(z, (*rows, CONTEXT))
+        subject = f'x {x.shape} and z {z.shape}, and both repeated'
+        _expect_close(y, apply(variables, *repeated), subject)
 
     # Rows are independent, compiled or not.
     x, z = _normal(0, 6, FEATURES), _draw_context(6, is_one_hot)
@@ -95,10 +102,13 @@ def check_fusion(
 def check_cell(constructor: Callable[..., nn.Module], features: int = 8) -> None:
     """Check a recurrent cell, (carry, x [T, B, n], reset, keep) → (carry, h [T, B, H]).
 
-    - h has shape [T, B, H], and a call preserves the structure, shapes and dtypes of the carry.
+    - h has shape [T, B, H]. The carry starts with c and h, each [B, H], and a call preserves its
+      structure, shapes and dtypes.
     - Running a sequence in two halves gives the same result as running it in one call.
     - h_t does not depend on later steps of x or on other rows.
-    - `reset` before a step is equivalent to a new sequence, and a `keep` of ones has no effect.
+    - `reset` before a step is equivalent to a new sequence in this row, and has no effect on other
+      rows.
+    - `keep` multiplies the h of the previous step before every step.
     - The gradients of every parameter and of x are finite and not all zero.
 
     Args:
@@ -122,6 +132,11 @@ def check_cell(constructor: Callable[..., nn.Module], features: int = 8) -> None
         first_types == last_types,
         f'expected a carry with the types of the initial carry, {first_types}, got {last_types}',
     )
+    state_shapes = [jnp.shape(state) for state in carry[:2]]
+    _expect(
+        state_shapes == 2 * [(ROWS, features)],
+        f'expected a carry that starts with c and h, each {(ROWS, features)}, got {state_shapes}',
+    )
 
     # Time: continuation, causality, reset.
     half = STEPS // 2
@@ -142,17 +157,25 @@ def check_cell(constructor: Callable[..., nn.Module], features: int = 8) -> None
         hidden[:half],
         f'h before step {half} when later x change',
     )
-    reset = jnp.zeros((STEPS, ROWS), bool).at[half].set(True)
+    reset = jnp.zeros((STEPS, ROWS), bool).at[half, 0].set(True)
     _, restarted = apply(variables, carry, x, reset)
     fresh = apply(variables, cell.initial(ROWS), x[half:])[1]
-    _expect_close(restarted[half:], fresh, 'h after a reset and at the start of a sequence')
+    subject = 'h after a reset and at the start of a sequence'
+    _expect_close(restarted[half:, 0], fresh[:, 0], subject)
+    _expect_close(restarted[:, 1:], hidden[:, 1:], 'h with and without a reset of another row')
 
     # Rows.
     row = jax.tree.map(lambda leaf: leaf[:1], carry)
     alone = apply(variables, row, x[:, :1])[1]
     _expect_close(alone, hidden[:, :1], 'a row by itself and in a batch')
-    undropped = apply(variables, carry, x, None, jnp.ones((ROWS, features)))[1]
-    _expect_close(undropped, hidden, 'h with keep = 1 and without keep')
+
+    # State dropout: half of the features are dropped, and the others doubled.
+    keep = 2.0 * jax.random.bernoulli(jax.random.key(2), shape=(ROWS, features))
+    dropped, state = apply(variables, middle, x[half:], None, keep)[1], middle
+    for step in range(half, STEPS):
+        c, h, *others = state
+        state, next_h = apply(variables, (c, (keep * h).astype(h.dtype), *others), x[step][None])
+        _expect_close(dropped[step - half], next_h[0], 'h with keep and after a product with keep')
 
     # Gradients.
     gradient = jax.jit(jax.grad(lambda v, x: (cell.apply(v, carry, x)[1] ** 2).sum(), (0, 1)))

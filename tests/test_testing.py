@@ -61,6 +61,8 @@ class FaultyFusion(nn.Module):
         gate = nn.Dense(self.features, dtype=dtype)(z)
         if self.fault == 'shape' and x.ndim > z.ndim:
             return gate
+        if self.fault == 'shared x':
+            gate = jnp.broadcast_to(gate, (*x.shape[:-1], self.features))
         y = nn.sigmoid(gate) * nn.Dense(self.features, dtype=dtype)(x)
         if self.fault == 'rows':
             y = y - y.mean(axis=0)
@@ -82,7 +84,7 @@ def test_modules_with_no_fault_pass():
 @pytest.mark.parametrize(
     ('fault', 'message'),
     [
-        ('shape', r'expected y \(2, 5, 16\)'),
+        ('shape', r'expected y \(2, 5, 18\)'),
         ('rows', 'vmap'),
         ('gradient', 'gradient of'),
         ('unused', 'gradient of parameter .*unused.* is zero'),
@@ -93,6 +95,11 @@ def test_modules_with_no_fault_pass():
 def test_a_faulty_fusion_is_refused(fault, message):
     with pytest.raises(AssertionError, match=message):
         testing.check_fusion(functools.partial(FaultyFusion, fault=fault))
+
+
+def test_a_fusion_that_cannot_share_x_is_refused():
+    with pytest.raises(ValueError, match=r'Incompatible .* for broadcasting'):
+        testing.check_fusion(functools.partial(FaultyFusion, fault='shared x'))
 
 
 class FaultyCell(nn.Module):
@@ -109,22 +116,26 @@ class FaultyCell(nn.Module):
             x = x + x[-1:]
         if self.fault == 'rows':
             x = x - x.mean(axis=1, keepdims=True)
-        (hidden,), outputs = carry, []
-        for x_t, reset_t in zip(x, reset, strict=True):
+        (unused, hidden), outputs = carry, []
+        if self.fault == 'reset of all':
+            reset = jnp.broadcast_to(reset.any(axis=1, keepdims=True), reset.shape)
+        for step, (x_t, reset_t) in enumerate(zip(x, reset, strict=True)):
             if self.fault != 'reset':
                 hidden = jnp.where(reset_t[:, None], 0.0, hidden)
-            if keep is not None:
-                hidden = hidden * keep * (0.5 if self.fault == 'keep' else 1)
+            if keep is not None and not (
+                self.fault == 'keep' or (self.fault == 'keep at first' and step > 0)
+            ):
+                hidden = hidden * keep
             hidden = jnp.tanh(W(x_t) + U(hidden))
             outputs.append(hidden)
         if self.fault == 'carry':
             hidden = outputs[0]
         if self.fault == 'types':
             hidden = hidden.astype(jnp.bfloat16)
-        return (hidden,), jnp.stack(outputs)
+        return (unused, hidden), jnp.stack(outputs)
 
     def initial(self, batch):
-        return (jnp.zeros((batch, self.features)),)
+        return cells.initial_carry(batch, self.features)
 
 
 @pytest.mark.parametrize(
@@ -133,7 +144,9 @@ class FaultyCell(nn.Module):
         ('future', 'two halves'),
         ('rows', 'a row by itself'),
         ('reset', 'after a reset'),
-        ('keep', 'keep = 1'),
+        ('reset of all', 'without a reset of another row'),
+        ('keep', 'h with keep'),
+        ('keep at first', 'h with keep'),
         ('carry', 'two halves'),
         ('types', 'carry with the types'),
     ],
