@@ -95,7 +95,7 @@ def _find_products(jaxpr: core.Jaxpr, times: int) -> list[Product]:
 
 
 def _count_flops_by_id(eqn: core.JaxprEqn) -> int:
-    """Count 2·B·n·k for rows [B, n] and [B, k], of which `jax.vmap` may have batched one or both."""
+    """Count 2·B·n·k for rows [B, n] and [B, k]. `jax.vmap` may have batched one or both."""
     variables: Any = (*eqn.invars[:2], eqn.outvars[0])
     x_shape, factor_shape, output_shape = (variable.aval.shape for variable in variables)
     is_forward = eqn.params['name'] == 'multiply_sorted_rows'

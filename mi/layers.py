@@ -26,7 +26,7 @@ from jax.typing import DTypeLike
 
 from mi.config import suggest
 from mi.kernels.bilinear import bilinear
-from mi.kernels.linear import linear, target_platform
+from mi.kernels.linear import clip_ids, linear, target_platform
 
 Context = Literal['dense', 'one_hot']
 
@@ -82,7 +82,7 @@ def check_dense(z: Array) -> None:
 
 def one_hot(ids: Array, contexts: int, dtype: DTypeLike) -> Array:
     """Return one-hot contexts [..., m] for ids [...], clipping out-of-range ids."""
-    return jax.nn.one_hot(jnp.clip(ids, 0, contexts - 1), contexts, dtype=dtype)
+    return jax.nn.one_hot(clip_ids(ids, contexts), contexts, dtype=dtype)
 
 
 def expand_rank(array: Array, ndim: int) -> Array:
@@ -254,6 +254,14 @@ class MultiplicativeInteraction(nn.Module):
         return bilinear(x, z, W.astype(x.dtype), precision=self.precision)
 
 
+def _refuse_interaction_init(layer: MultiplicativeInteraction) -> None:
+    if layer.W_init is not None:
+        raise ValueError(
+            f'{type(layer).__name__}.W_init = {layer.W_init!r}: expected None, because this form '
+            f'has no W but factors. Try U_init, V_init or another form'
+        )
+
+
 class LowRankMultiplicativeInteraction(MultiplicativeInteraction, kw_only=True):
     """The low-rank form: W = Σ_r p_r ⊗ q_r ⊗ o_r, a CP decomposition.
 
@@ -261,12 +269,14 @@ class LowRankMultiplicativeInteraction(MultiplicativeInteraction, kw_only=True):
 
     Attributes:
       rank: r, the number of components.
-      features, …: as in `MultiplicativeInteraction`.
+      features, …: as in `MultiplicativeInteraction`, but `W_init` must be None, because the
+        factors have fixed initializers.
     """
 
     rank: int
 
     def _compute_interaction(self, x: Array, z: Array, context_size: int, variance: float) -> Array:
+        _refuse_interaction_init(self)
         rank, param_dtype = self.rank, self.param_dtype
         P = self.param('P', context_init(self.context), (context_size, rank), param_dtype)
         Q = self.param('Q', input_init(), (x.shape[-1], rank), param_dtype)
@@ -283,12 +293,14 @@ class TuckerMultiplicativeInteraction(MultiplicativeInteraction, kw_only=True):
 
     Attributes:
       rank: r, the size of the core along each axis.
-      features, …: as in `MultiplicativeInteraction`.
+      features, …: as in `MultiplicativeInteraction`, but `W_init` must be None, because the
+        factors have fixed initializers.
     """
 
     rank: int
 
     def _compute_interaction(self, x: Array, z: Array, context_size: int, variance: float) -> Array:
+        _refuse_interaction_init(self)
         rank, param_dtype = self.rank, self.param_dtype
         P = self.param('P', context_init(self.context), (context_size, rank), param_dtype)
         Q = self.param('Q', input_init(), (x.shape[-1], rank), param_dtype)
@@ -309,7 +321,8 @@ class BlockMultiplicativeInteraction(MultiplicativeInteraction, kw_only=True):
 
     Attributes:
       blocks: g, the number of blocks.
-      features, …: as in `MultiplicativeInteraction`.
+      features, …: as in `MultiplicativeInteraction`. `W_init` gets the shape of W,
+        [g, m, ⌈n/g⌉, ⌈k/g⌉].
     """
 
     blocks: int

@@ -10,8 +10,9 @@ import pytest
 from jax.test_util import check_grads
 
 import mi
+from mi.kernels.bilinear import ID_ORDERS, bilinear
 from mi.kernels.linear import linear
-from mi.layers import Affine
+from mi.layers import Affine, one_hot
 from tests import prng
 from tests.motifs.checks import drawn, random
 
@@ -297,3 +298,29 @@ def test_the_gradient_of_an_output_embedding_is_a_wide_product_if_it_has_many_ro
     program = jax.jit(gradient).lower(table).compile().as_text()
     wide = re.search(r'f32\[(32,96\]\{1,0\}|96,32\]\{0,1\})[^\n]*(dot|fusion)\(', program)
     assert bool(wide) == is_wide
+
+
+@pytest.mark.parametrize('form', ['low_rank', 'tucker'])
+def test_a_form_of_factors_refuses_an_initializer_of_W(form):
+    layer = FORMS[form](5, W_init=nn.initializers.ones)
+    with pytest.raises(ValueError, match=r'Interaction\.W_init = .* expected None'):
+        layer.init(jax.random.key(0), jnp.zeros((1, 6)), jnp.zeros((1, 4)))
+
+
+def test_the_block_form_initializes_all_blocks_in_one_call():
+    shapes = []
+    layer = FORMS['block'](
+        5, W_init=lambda key, shape, dtype: shapes.append(shape) or jnp.ones(shape, dtype)
+    )
+    variables = layer.init(jax.random.key(0), jnp.zeros((1, 7)), jnp.zeros((1, 4)))
+    assert shapes == [(3, 4, 3, 2)] and bool((variables['params']['W'] == 1).all())
+
+
+@pytest.mark.parametrize('dtype', [jnp.int8, jnp.uint8])
+def test_ids_of_few_bits_are_those_of_many_contexts(dtype):
+    ids, x, W = jnp.asarray([0, 7, 100]), random(0, 3, 4), random(1, 300, 4, 5)
+    for order in ID_ORDERS:
+        y = bilinear(x, ids.astype(dtype), W, order=order)
+        np.testing.assert_array_equal(y, bilinear(x, ids, W, order=order))
+    np.testing.assert_array_equal(linear(ids.astype(dtype), W[:, 0]), W[ids, 0])
+    np.testing.assert_array_equal(one_hot(ids.astype(dtype), 300, x.dtype), jnp.eye(300)[ids])

@@ -27,6 +27,7 @@ from mi.kernels.linear import (
     Precision,
     accumulate,
     accumulation_dtype,
+    clip_ids,
     linear,
     target_platform,
 )
@@ -172,7 +173,7 @@ def bilinear(
 
     # Evaluate by it: ids first, then dense contexts.
     if order == 'one_hot':
-        dense_context = jax.nn.one_hot(jnp.clip(z, 0, len(W) - 1), len(W), dtype=x.dtype)
+        dense_context = jax.nn.one_hot(clip_ids(z, len(W)), len(W), dtype=x.dtype)
         return bilinear(x, dense_context, W, precision=precision)
     if order == 'rows':
         return _multiply_selected_rows(x, z, W, precision)
@@ -393,7 +394,7 @@ def _multiply_selected_rows(x: Array, ids: Array, W: Array, precision: Precision
     """Compute W[ids] x [..., k] for x [..., n] and ids [...] from a copy of W[i] for every id."""
     x_axes, id_axes = _align_leading_axes(x.shape, (*ids.shape, 1))
     x_labels, id_labels, output_labels = _label_axes(x_axes, id_axes)
-    ids = jnp.clip(ids, 0, W.shape[0] - 1).reshape(id_axes)
+    ids = clip_ids(ids, W.shape[0]).reshape(id_axes)
     selected = _squeeze_leading(W.astype(jnp.result_type(x, W))[ids], 2)
     product = functools.partial(jnp.einsum, f'{x_labels}n,{id_labels}nk->{output_labels}k')
     output = accumulate(product, _squeeze_leading(x, 1), selected, precision=precision)
@@ -405,7 +406,7 @@ def _multiply_groups(x: Array, ids: Array, W: Array, precision: Precision) -> Ar
     x_axes, id_axes = _align_leading_axes(x.shape, (*ids.shape, 1))
     output_axes = jnp.broadcast_shapes(x_axes, id_axes)
     n, dtype = x.shape[-1], jnp.result_type(x, W)
-    ids = jnp.clip(ids, 0, W.shape[0] - 1)
+    ids = clip_ids(ids, W.shape[0])
     x = jnp.broadcast_to(x.reshape(*x_axes, n), (*output_axes, n))
     ids = jnp.broadcast_to(ids.reshape(id_axes), output_axes).reshape(-1)
     output = multiply_by_id(x.reshape(-1, n).astype(dtype), ids, W.astype(dtype), precision)

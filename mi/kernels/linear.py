@@ -45,10 +45,17 @@ def linear(
     product.
     """
     if jnp.issubdtype(x.dtype, jnp.integer):
-        return V[jnp.clip(x, 0, len(V) - 1)].astype(out_dtype or V.dtype)
+        return V[clip_ids(x, len(V))].astype(out_dtype or V.dtype)
     x_rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     output_rows = _matmul(x_rows, V, out_dtype, precision)
     return output_rows.reshape(*x.shape[:-1], V.shape[-1])
+
+
+def clip_ids(ids: Array, num_ids: int) -> Array:
+    """Clip integer ids of any dtype to [0, num_ids)."""
+    if ids.dtype.itemsize < 4:  # num_ids may not be a number of this dtype
+        ids = ids.astype(jnp.int32)
+    return jnp.clip(ids, 0, num_ids - 1)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
