@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from mi.kernels.linear import accumulate, accumulation_dtype
+
 AXES = ('NHWC', 'HWIO', 'NHWC')
 MIN_PRODUCT_CHANNELS = 32  # from here on, products are faster in the forward pass too
 
@@ -86,8 +88,10 @@ def _convolve_valid(x: Array, W: Array) -> Array:
         return _convolve_valid_natively(x, W)
     windows = [window for window_row in _list_windows(x, W) for window in window_row]
     taps = W.reshape(-1, *W.shape[2:])
-    products = (window @ tap for window, tap in zip(windows, taps, strict=True))
-    return functools.reduce(operator.add, products)
+    # Sum in f32, and round once.
+    multiply = functools.partial(jnp.matmul, preferred_element_type=accumulation_dtype(x, W))
+    products = map(multiply, windows, taps)
+    return functools.reduce(operator.add, products).astype(jnp.result_type(x, W))
 
 
 def _convolve_valid_forward(x: Array, W: Array) -> tuple[Array, tuple[Array, Array]]:
@@ -101,7 +105,10 @@ def _convolve_valid_backward(
     compute_x_cotangent = jax.linear_transpose(lambda x: _convolve_valid_natively(x, W), x)
     cotangent_rows = cotangent.reshape(-1, cotangent.shape[-1])
     W_cotangent = [
-        [window.reshape(-1, window.shape[-1]).T @ cotangent_rows for window in window_row]
+        [
+            accumulate(jnp.matmul, window.reshape(-1, window.shape[-1]).T, cotangent_rows)
+            for window in window_row
+        ]
         for window_row in _list_windows(x, W)
     ]
     return *compute_x_cotangent(cotangent), jnp.stack([jnp.stack(row) for row in W_cotangent])

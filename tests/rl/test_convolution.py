@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
@@ -46,6 +47,19 @@ def test_it_is_the_convolution(size, stride, padding, channels, options):
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4),
         gradients(ours), gradients(theirs),
     )  # fmt: skip
+
+
+def test_sums_of_bf16_are_rounded_once():
+    x, W = (
+        array.astype(jnp.bfloat16) for array in (random(0, 2, 9, 11, 32), random(1, 3, 3, 32, 6))
+    )
+    exact = convolve(
+        *(array.astype(jnp.float32) for array in (x, W)), (1, 1), 'SAME', dimension_numbers=AXES
+    )
+    y = convolve(x, W, (1, 1), 'SAME', dimension_numbers=AXES)
+    assert y.dtype == jnp.bfloat16
+    error, rounding = (jnp.std(a.astype(jnp.float32) - exact) for a in (y, exact.astype(y.dtype)))
+    assert error < 1.05 * rounding
 
 
 def test_a_gradient_is_one_product_for_each_factor():
