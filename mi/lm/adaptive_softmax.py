@@ -13,7 +13,7 @@ from jax.nn import initializers
 from jax.typing import DTypeLike
 
 from mi.kernels.linear import linear
-from mi.lm.loss import Losses, even_size
+from mi.lm.loss import Losses, Objective, even_size, losses_from_logits
 
 
 class AdaptiveWords(nn.Module):
@@ -144,7 +144,7 @@ class AdaptiveWords(nn.Module):
         @jax.checkpoint
         def compute_block(block: tuple[Array, Array]) -> Array:
             y, head_entries = block
-            return _compute_nats(self._head_logits(y), head_entries)
+            return losses_from_logits(self._head_logits(y), head_entries, Objective()).nats
 
         num_tokens = len(targets)
         block_size = even_size(num_tokens, self.chunk or num_tokens)
@@ -170,7 +170,8 @@ class AdaptiveWords(nn.Module):
         def compute_block(token_index: Array) -> Array:
             def compute() -> Array:
                 logits = self._tail_logits(tail, y[token_index])
-                nats = _compute_nats(logits, jnp.maximum(tail_targets[token_index], 0))
+                block_targets = jnp.maximum(tail_targets[token_index], 0)
+                nats = losses_from_logits(logits, block_targets, Objective()).nats
                 return jnp.where(is_inside[token_index], nats, 0.0)
 
             has_token = is_inside[token_index].any()
@@ -187,11 +188,6 @@ def _split_blocks(array: Array, block_size: int) -> Array:
     row_index = jnp.arange(num_blocks * block_size)
     row_index = jnp.where(row_index < len(array), row_index, 0)
     return array[row_index].reshape(num_blocks, block_size, *array.shape[1:])
-
-
-def _compute_nats(logits: Array, targets: Array) -> Array:
-    target_logits = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    return jax.nn.logsumexp(logits, axis=-1) - target_logits
 
 
 def _add_bias(logits: Array, bias: Array) -> Array:

@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax import Array
 
 from mi.kernels.linear import linear
@@ -40,11 +39,6 @@ class Objective(NamedTuple):
     label_smoothing: float = 0.0
     z_loss: float = 0.0
     chunk: int = 0
-
-
-def nats(logits: Array, targets: Array) -> Array:
-    """Compute −ln p(target) of each token from logits [..., V] and targets [...]."""
-    return optax.softmax_cross_entropy_with_integer_labels(logits, targets)
 
 
 def bits_per_byte(nats_per_token: float, num_tokens: int, num_bytes: int) -> float:
@@ -87,7 +81,7 @@ def softmax_losses(
     flat_features, flat_targets = y.reshape(num_tokens, -1), targets.reshape(-1)
     if chunk_size == 0 or chunk_size >= num_tokens:
         # All tokens in one product.
-        losses = _losses_from_logits(_logits(flat_features, table, bias), flat_targets, objective)
+        losses = losses_from_logits(_logits(flat_features, table, bias), flat_targets, objective)
     else:
         # One chunk of tokens after another.
         num_chunks = -(-num_tokens // chunk_size)
@@ -100,7 +94,7 @@ def softmax_losses(
         @jax.checkpoint
         def compute_chunk(chunk: tuple[Array, Array]) -> Losses:
             y, targets = chunk
-            return _losses_from_logits(_logits(y, table, bias), targets, objective)
+            return losses_from_logits(_logits(y, table, bias), targets, objective)
 
         losses = jax.lax.map(compute_chunk, (feature_chunks, target_chunks))
         losses = jax.tree.map(lambda array: array.reshape(-1)[:num_tokens], losses)
@@ -112,7 +106,12 @@ def _logits(y: Array, table: Array, bias: Array) -> Array:
     return logits + bias.reshape(1, -1).astype(jnp.float32)
 
 
-def _losses_from_logits(logits: Array, targets: Array, options: Objective) -> Losses:
+def losses_from_logits(
+    logits: Array,
+    targets: Array,
+    options: Objective,
+) -> Losses:
+    """Compute the losses of targets [...] from logits [..., V], see `softmax_losses`."""
     log_z = jax.nn.logsumexp(logits, axis=-1)
     target_logits = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     nats = objective = log_z - target_logits
