@@ -46,10 +46,11 @@ def assess(config: ml_collections.ConfigDict, workdir: str) -> None:
         for split in SPLITS:
             excerpt = Excerpt(corpus, split, config.eval.final_tokens)
             results = evaluate(model, params, excerpt, reading, mesh)
-            if config.dynamic.tokens:
-                adapted = _evaluate_dynamically(model, params, corpus, split, adaptation)
-                scores[f'{split}_dynamic'] = dict(zip(map(str, config.seeds), adapted, strict=True))
             scores[split] = dict(zip(map(str, config.seeds), results, strict=True))
+        if config.dynamic.tokens:
+            adapted = _evaluate_dynamically(model, params, corpus, adaptation)
+            for split, results in adapted.items():
+                scores[f'{split}_dynamic'] = dict(zip(map(str, config.seeds), results, strict=True))
     write_json(run_path / 'evaluation.json', {'step': step, **scores})
 
     # The table.
@@ -69,12 +70,11 @@ def _evaluate_dynamically(
     model: LanguageModel,
     params: Params,
     corpus: Corpus,
-    split: str,
     adaptation: dynamic_evaluation.Adaptation,
-) -> list[Scores]:
+) -> dict[str, list[Scores]]:
     """Run dynamic evaluation and return its metrics, or raise UserError if it diverges."""
     try:
-        return dynamic_evaluation.evaluate(model, params, corpus, split, adaptation)
+        return dynamic_evaluation.evaluate(model, params, corpus, SPLITS, adaptation)
     except FloatingPointError as error:
         raise UserError(
             f'{error}. Try a config.dynamic.learning_rate below {adaptation.learning_rate}, a '

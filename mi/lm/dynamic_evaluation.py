@@ -13,7 +13,7 @@ mean. Small LSTMs diverged on the Austen corpus with η = 2e-3, which suits a di
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import chex
@@ -80,22 +80,23 @@ def evaluate(
     model: LanguageModel,
     params: Params,
     corpus: Corpus,
-    split: str,
+    splits: Sequence[str],
     adaptation: Adaptation,
-) -> list[Scores]:
-    """Evaluate each seed dynamically on the first `adaptation.tokens` tokens of a split.
+) -> dict[str, list[Scores]]:
+    """Evaluate each seed dynamically on the first `adaptation.tokens` tokens of each split.
 
-    Devices divide the seeds but not the text, because the text is a single stream.
+    Every split starts from the trained parameters. Devices divide the seeds but not the text,
+    because the text is a single stream.
 
     Args:
       model: the model.
       params: parameters of the model, [S, …].
       corpus: the corpus.
-      split: 'valid' or 'test'.
+      splits: 'valid', 'test' or both.
       adaptation: options of dynamic evaluation.
 
     Returns:
-      The metrics of each seed.
+      The metrics of each seed, by split.
 
     Raises:
       FloatingPointError: if the loss becomes non-finite.
@@ -105,7 +106,7 @@ def evaluate(
     num_seeds = len(jax.tree.leaves(params)[0])
     mesh = placement.seed_mesh(num_seeds, jax.local_devices())
     trained_params = placement.shard_seeds(params, mesh)
-    init_state, add_squares, adapt = _compile_programs(model, mesh)
+    init_state, add_squares, _ = _compile_programs(model, mesh)
 
     # Σ g² over segments of the training text.
     num_tokens = adaptation.statistics * adaptation.length + 1
@@ -116,11 +117,40 @@ def evaluate(
         carry, square_sums = add_squares((trained_params, carry, square_sums), segments)
         num_segments += len(segments.inputs)
 
-    # The held-out text.
+    start = _Start(trained_params, square_sums, num_segments)
+    return {
+        split: _evaluate_split(model, start, corpus, split, adaptation, mesh) for split in splits
+    }
+
+
+class _Start(NamedTuple):
+    """What the evaluations of all splits start from, with seeds divided over the devices.
+
+    Attributes:
+      params: trained parameters, [S, …].
+      square_sums: Σ g² over segments of the training text, [S, …].
+      num_segments: number of these segments.
+    """
+
+    params: Params
+    square_sums: Params
+    num_segments: int
+
+
+def _evaluate_split(
+    model: LanguageModel,
+    start: _Start,
+    corpus: Corpus,
+    split: str,
+    adaptation: Adaptation,
+    mesh: jax.sharding.Mesh,
+) -> list[Scores]:
+    """Evaluate each seed on the start of one split, and return its metrics."""
+    init_state, _, adapt = _compile_programs(model, mesh)
     tokens = np.asarray(corpus.tokens[split][: adaptation.tokens])
-    num_predictions = len(tokens) - 1
-    total_nats, params = np.zeros(num_seeds), trained_params
-    carry, _ = init_state((trained_params,), None)
+    num_predictions, num_seeds = len(tokens) - 1, len(jax.tree.leaves(start.params)[0])
+    total_nats, params = np.zeros(num_seeds), start.params
+    carry, _ = init_state((start.params,), None)
     rates = Rates(
         np.float32(adaptation.learning_rate),
         np.float32(adaptation.decay),
@@ -128,13 +158,15 @@ def evaluate(
     )
     with progress.Work(f'dynamic evaluation of {split}', num_predictions, 'tokens') as work:
         for segments in _read_rounds(corpus, split, tokens, model, adaptation.length):
-            shared = np.float32(num_segments), rates, segments
-            params, carry, nats = adapt((trained_params, square_sums, params, carry), shared)
+            shared = np.float32(start.num_segments), rates, segments
+            params, carry, nats = adapt((start.params, start.square_sums, params, carry), shared)
             total_nats += placement.gather_seeds(nats, num_seeds).astype(np.float64)
             if not np.isfinite(total_nats).all():
                 raise FloatingPointError(f'dynamic evaluation of {split}: the loss is not finite')
             work.done += segments.mask.sum()
     protocol = {'predictions': num_predictions, 'batch': 1} | adaptation._asdict()
+    if model.memory is not None:
+        protocol['memory'] = model.memory
     mean_nats = (total_nats / num_predictions).tolist()
     return [compute_metrics(nats, corpus, split, protocol) for nats in mean_nats]
 

@@ -153,7 +153,18 @@ def test_what_is_minimized_has_no_part_in_what_is_reported(changes, texts):
     adaptation = dynamic_evaluation.Adaptation(tokens=21, learning_rate=0.0, decay=0.0)
     stacked = jax.tree.map(lambda a: a[None], params)
     first, second = (
-        dynamic_evaluation.evaluate(m, stacked, corpus, 'valid', adaptation)
+        dynamic_evaluation.evaluate(m, stacked, corpus, ['valid'], adaptation)
         for m in (model, smoothed)
     )
     assert first == second
+
+
+def test_dynamic_evaluation_records_the_memory(texts):
+    config = tiny('core=transformer', **{'model.memory': 8, 'model.layers': 1, 'eval.memory': 5})
+    model = factory.configure_evaluation(factory.build_model(config, 256), config)
+    params = factory.build_trainer(config, 256).init(0).params
+    corpus = token_store.load(Recipe(texts, 'byte', 256))
+    stacked = jax.tree.map(lambda a: a[None], params)
+    adaptation = dynamic_evaluation.Adaptation(tokens=11, statistics=2)
+    results = dynamic_evaluation.evaluate(model, stacked, corpus, ['valid'], adaptation)
+    assert results['valid'][0]['over']['memory'] == 5

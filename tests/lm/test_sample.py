@@ -122,7 +122,8 @@ def test_dynamic_evaluation_is_the_update_written_out(texts):
         tokens=25, length=6, learning_rate=1e-2, decay=0.5, epsilon=1e-8, statistics=4
     )
     stacked = jax.tree.map(lambda a: a[None], params)
-    (measured,) = dynamic_evaluation.evaluate(model, stacked, corpus, 'valid', adaptation)
+    results = dynamic_evaluation.evaluate(model, stacked, corpus, ['test', 'valid'], adaptation)
+    (measured,) = results['valid']
 
     def loss(params, carry, tokens):
         after, losses = model.apply({'params': params}, carry, tokens[:-1, None], tokens[1:, None])
@@ -205,7 +206,9 @@ def test_dynamic_evaluation_as_it_is_set_helps_a_trained_model_or_says_that_it_d
 
     def nats(**changes):
         adaptation = dynamic_evaluation.Adaptation(tokens=3_000)._replace(**changes)
-        metrics, *_ = dynamic_evaluation.evaluate(model, params, corpus, 'test', adaptation)
+        metrics, *_ = dynamic_evaluation.evaluate(model, params, corpus, ['test'], adaptation)[
+            'test'
+        ]
         return metrics['nats_per_token']
 
     assert nats() < nats(learning_rate=0.0) - 0.01
