@@ -239,7 +239,7 @@ def _start_lm(config: ml_collections.ConfigDict, params: Params, run_path: pathl
     params = _place(params, initial.params)
     opt_state = jax.vmap(trainer.optimizer.init)(params)
     state = TrainState(params, _place(opt_state, initial.opt_state), initial.carry)
-    meta = {'metrics': 0, 'unlogged': [], 'data': corpus.sha256, 'is_evaluated': False}
+    meta = {'metrics': 0, 'unlogged': [], **corpus.fingerprint, 'is_evaluated': False}
     return Start(state, meta)
 
 

@@ -10,6 +10,7 @@ Each token is predicted once, by one of three protocols. Results record which pr
 - Dynamic evaluation: see `mi.lm.dynamic_evaluation`.
 """
 
+import collections
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -146,6 +147,8 @@ def evaluate(
     program = segment_program(model, mesh)
     initial_carry = _place_initial_carry(model, num_seeds, batch_size + idle_rows, mesh)
     carry, total_nats = initial_carry, np.zeros(num_seeds, np.float64)
+    max_running = 0 if sharding.is_synchronous(mesh) else 1  # segments, while the host reads one
+    unread: collections.deque[Array] = collections.deque()
     with progress.Work(f'evaluating {split}', num_predictions, 'tokens') as work:
         for inputs, targets, mask, positions in _read_pieces(tokens, batch_size, reading):
             check()
@@ -153,9 +156,12 @@ def evaluate(
             if model.source == 'domain':
                 domains = shard_rows(corpus.get_domains(split, positions))
             carry, nats = program(params, carry, *map(shard_rows, (inputs, targets, mask)), domains)
-            total_nats += np.asarray(nats, np.float64)
             carry = initial_carry if reading.stride else carry
             work.done += mask.sum()
+            unread.append(nats)
+            while len(unread) > max_running:
+                total_nats += np.asarray(unread.popleft(), np.float64)
+        total_nats += sum(np.asarray(nats, np.float64) for nats in unread)
 
     # The metrics, and how they were measured.
     protocol = {'predictions': num_predictions, 'batch': batch_size, 'length': reading.length}

@@ -7,7 +7,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from mi.config import UserError, describe_difference, name_config_keys
+from mi.config import UserError, describe_difference, flatten, name_config_keys
 from mi.lm import config as lm_config
 from mi.lm import factory
 from mi.lm.data.corpus import Corpus
@@ -53,7 +53,7 @@ def restore(config: ml_collections.ConfigDict, workdir: str) -> Trained:
     run_path = pathlib.Path(workdir)
     recorded = read_config(run_path)
     corpus = factory.load_corpus(config)
-    if config.model.to_dict() != recorded.model.to_dict():
+    if flatten(config.model.to_dict()) != flatten(recorded.model.to_dict()):
         config = factory.match_size(config, *corpus.sizes)
     config = merge_eval_config(run_path, config, overridable=OVERRIDABLE, fixed=FIXED)
     lm_config.validate(config)
@@ -67,7 +67,7 @@ def restore(config: ml_collections.ConfigDict, workdir: str) -> Trained:
     # The parameters, if they were trained on the same tokens.
     checkpoints = checkpoint.Checkpoints(run_path / 'checkpoints', config.train.keep)
     newest, checkpoint_meta = checkpoints.newest()
-    if checkpoint_meta['data'] != corpus.sha256:
+    if not corpus.is_described_by(checkpoint_meta):
         trained_data, current_data = (
             {'data': side.data.to_dict() | {'cache': ''}} for side in (recorded, config)
         )

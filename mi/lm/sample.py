@@ -72,7 +72,7 @@ def sample(config: ml_collections.ConfigDict, workdir: str) -> None:
     texts = [[corpus.decode(token_row) for token_row in seed_tokens] for seed_tokens in tokens]
     for seed, seed_texts in zip(config.seeds, texts, strict=True):
         for continuation in seed_texts:
-            print(f'--- seed {seed}, step {step}\n{options.prompt}{continuation}')
+            print(f'--- seed {seed}, step {step}\n{corpus.join(options.prompt, continuation)}')
     write_json(
         run_path / 'samples.json',
         {'step': step, **options.to_dict(), 'seeds': list(config.seeds), 'texts': texts},

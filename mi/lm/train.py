@@ -65,10 +65,14 @@ def _train(config: ml_collections.ConfigDict, corpus: Corpus, run: run_dir.Run) 
     meter = utilization.Meter(token_flops, mesh.devices.flat)
 
     # The state: that of the newest checkpoint, or a new one.
-    with progress.Work('drawing the initial parameters'):
-        train_state = trainer.init_seeds(seeds, mesh)
     checkpoints = checkpoint.Checkpoints(run.path / 'checkpoints', config.train.keep)
-    train_state, meta = _restore_state(config, corpus, checkpoints, run, train_state)
+    restored = _restore_state(config, corpus, checkpoints, run, trainer.shapes(seeds, mesh))
+    if restored is None:
+        with progress.Work('drawing the initial parameters'):
+            train_state = trainer.init_seeds(seeds, mesh)
+        meta: checkpoint.Meta = {'step': 0, 'metrics': 0, 'unlogged': []}
+    else:
+        train_state, meta = restored
     run.step = meta['step']
 
     # The programs: evaluation is compiled when it is first called.
@@ -80,15 +84,16 @@ def _train(config: ml_collections.ConfigDict, corpus: Corpus, run: run_dir.Run) 
             sharding.replicated(mesh),
         )
         train_step = trainer.compile(train_state, loader.load(0), mesh, learning_rates)
-    is_synchronous = sharding.platform(mesh) == 'cpu' and mesh.size > 1  # queued steps deadlock
+    is_synchronous = sharding.is_synchronous(mesh)
 
     # The loop. A run that ended between a checkpoint and its evaluation evaluates first.
     is_evaluation_missing = _skip_finished_evaluation(run, meta, len(seeds))
+    valid_scores: list[Scores] = []  # of the newest evaluation
     with run.open_logger(num_steps, meta['metrics']) as run_log:
         log = _TrainingLog(config, run_log, meta, meter)
         if is_evaluation_missing:
-            scores = evaluate_split(train_state, 'valid', config.eval.valid_tokens)
-            log.write_evaluation(run.step, 'valid', scores)
+            valid_scores = evaluate_split(train_state, 'valid', config.eval.valid_tokens)
+            log.write_evaluation(run.step, 'valid', valid_scores)
         for step in range(run.step + 1, num_steps + 1):
             # Update and log.
             train_state, metrics = run.call_traced(
@@ -107,7 +112,7 @@ def _train(config: ml_collections.ConfigDict, corpus: Corpus, run: run_dir.Run) 
             is_stopping = run.should_stop(is_record_step)
             if step % config.train.save_every == 0 or is_evaluation_step or is_stopping:
                 logger.refuse_broken_state(config.seeds, step, name_parts(train_state))
-                progress_meta = {'data': corpus.sha256, 'is_evaluated': not is_evaluation_step}
+                progress_meta = corpus.fingerprint | {'is_evaluated': not is_evaluation_step}
                 checkpoints.save(step, train_state, log.get_position() | progress_meta)
                 log.resume_clock()
                 if is_stopping:
@@ -116,11 +121,15 @@ def _train(config: ml_collections.ConfigDict, corpus: Corpus, run: run_dir.Run) 
             # Evaluate.
             if is_evaluation_step:
                 log.stop_clock()
-                scores = evaluate_split(train_state, 'valid', config.eval.valid_tokens)
-                log.write_evaluation(step, 'valid', scores)
-        for split, split_label in (('valid', 'valid_whole'), ('test', 'test')):
-            scores = evaluate_split(train_state, split, config.eval.final_tokens)
-            log.write_evaluation(num_steps, split_label, scores)
+                valid_scores = evaluate_split(train_state, 'valid', config.eval.valid_tokens)
+                log.write_evaluation(step, 'valid', valid_scores)
+
+        # The end: the newest evaluation is not repeated if it has read as many tokens.
+        if not valid_scores or config.eval.valid_tokens != config.eval.final_tokens:
+            valid_scores = evaluate_split(train_state, 'valid', config.eval.final_tokens)
+        log.write_evaluation(num_steps, 'valid_whole', valid_scores)
+        test_scores = evaluate_split(train_state, 'test', config.eval.final_tokens)
+        log.write_evaluation(num_steps, 'test', test_scores)
 
 
 def _describe_data(config: ml_collections.ConfigDict, corpus: Corpus) -> dict[str, str]:
@@ -192,22 +201,21 @@ def _restore_state(
     corpus: Corpus,
     checkpoints: checkpoint.Checkpoints,
     run: run_dir.Run,
-    initial_state: TrainState,
-) -> tuple[TrainState, checkpoint.Meta]:
-    """Restore the state and the meta of the newest checkpoint, or return the initial ones.
+    state_shapes: TrainState,
+) -> tuple[TrainState, checkpoint.Meta] | None:
+    """Restore the state and the meta of the newest checkpoint, or return None if there is none.
 
     Raises:
       UserError: if the checkpoint was trained on tokens that differ from those of the corpus.
     """
-    new_meta: checkpoint.Meta = {'step': 0, 'metrics': 0, 'unlogged': [], 'data': corpus.sha256}
-    train_state, meta = checkpoints.restore(initial_state) or (initial_state, new_meta)
-    if meta['data'] != corpus.sha256:
+    restored = checkpoints.restore(state_shapes)
+    if restored is not None and not corpus.is_described_by(restored[1]):
         raise UserError(
             f'config.data.source = {config.data.source!r}: expected the tokens that {run.path} was '
             f'trained on, but the text differs. Try restoring the original text, or another '
             f'--workdir'
         )
-    return train_state, meta
+    return restored
 
 
 class _TrainingLog:

@@ -218,6 +218,14 @@ def platform(mesh: Mesh) -> str:
     return 'gpu' if platform_name in ('cuda', 'rocm') else platform_name
 
 
+def is_synchronous(mesh: Mesh) -> bool:
+    """Return whether a program must end before the next one starts.
+
+    On several CPU devices, programs that are queued deadlock.
+    """
+    return platform(mesh) == 'cpu' and mesh.size > 1
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """Return the sharding of arrays that are replicated on every device."""
     return NamedSharding(mesh, PartitionSpec())

@@ -68,6 +68,26 @@ def test_word_levels(tmp_path, cache):
     np.testing.assert_array_equal(tokens.encode('a cat'), tokens.tokens['test'][:2])
 
 
+@pytest.mark.parametrize(
+    ('level', 'joined'), [('byte', 'a textof words'), ('token', 'a text of words')]
+)
+def test_a_continuation_of_words_is_separate_from_its_prompt(level, joined, tmp_path, cache):
+    corpus = token_store.load(Recipe(write(tmp_path), level, 300), cache)
+    assert corpus.join('a text', 'of words') == joined
+    assert corpus.join('a text ', 'of words') == 'a text of words'
+    assert corpus.join('a text\n', 'of words') == 'a text\nof words'
+    assert corpus.join('a text', '\nof words') == 'a text\nof words'
+
+
+def test_a_corpus_is_described_by_its_tokens_and_their_division(tmp_path, cache):
+    corpus = token_store.load(Recipe(write(tmp_path), 'byte', 256), cache)
+    assert corpus.is_described_by({'step': 3, **corpus.fingerprint})
+    assert corpus.is_described_by({'data': corpus.sha256})  # an older checkpoint
+    assert not corpus.is_described_by({'data': corpus.sha256[::-1]})
+    sizes = corpus.fingerprint['num_tokens'] | {'train': 1}
+    assert not corpus.is_described_by({'data': corpus.sha256, 'num_tokens': sizes})
+
+
 def test_a_last_line_without_an_end_has_an_eos_too(tmp_path, cache):
     with_end = token_store.load(Recipe(write(tmp_path, train='a b\r\nc\n'), 'token', 100), cache)
     without = token_store.load(Recipe(write(tmp_path, train='a b\nc'), 'token', 100), cache)

@@ -327,6 +327,62 @@ def test_tokens_that_changed_since_are_noticed(tmp_path, texts):
     with pytest.raises(UserError, match=r'expected the tokens that .* was trained on'):
         assess.assess(config, str(tmp_path / 'run'))
 
+    # The same tokens in all, of which some have moved from train to valid.
+    shutil.copytree(texts, tmp_path / 'texts', dirs_exist_ok=True)
+    train_file, valid_file = (tmp_path / 'texts' / f'{split}.txt' for split in ('train', 'valid'))
+    text = train_file.read_bytes()
+    train_file.write_bytes(text[:-100])
+    valid_file.write_bytes(text[-100:] + valid_file.read_bytes())
+    for call in (train.train, assess.assess):
+        with pytest.raises(UserError, match=r'expected the tokens that .* was trained on'):
+            call(config, str(tmp_path / 'run'))
+
+
+def test_a_resumed_run_draws_no_parameters_and_no_text_is_evaluated_twice(
+    tmp_path, texts, monkeypatch
+):
+    evaluated = []
+
+    def evaluate(model, params, excerpt, *args):
+        evaluated.append((excerpt.split, excerpt.num_tokens))
+        return evaluate_text(model, params, excerpt, *args)
+
+    evaluate_text = train.evaluate
+    monkeypatch.setattr(train, 'evaluate', evaluate)
+    config = tiny(**{'data.source': texts, 'train.steps': 5, 'eval.valid_tokens': 0})
+    train.train(config, str(tmp_path))
+    assert evaluated == [('valid', 0), ('test', 0)]
+    first, *_, valid, test = records(tmp_path)
+    assert valid['split'] == 'valid_whole' and test['split'] == 'test'
+
+    # A run from before core_options continues; here only its last evaluations are repeated.
+    file = tmp_path / 'config.json'
+    recorded = json.loads(file.read_text())
+    assert recorded['model'].pop('core_options') == {}
+    file.write_text(json.dumps(recorded))
+    monkeypatch.setattr(Trainer, 'init_seeds', None)
+    train.train(config, str(tmp_path))
+    assert evaluated[2:] == [('valid', 0), ('test', 0)]
+    assert records(tmp_path)[0] == first and records(tmp_path)[-2:] == [valid, test]
+
+
+def test_core_options_are_the_fields_of_a_core_without_a_key():
+    options = {'hyper_features': 6, 'embedding': 3, 'layer_norm': True}
+    config = tiny(**{'model.core': 'hyper_lstm', 'model.core_options': options})
+    lm_config.validate(config)
+    model = factory.build_model(config, 256)
+    *_, hyper_h = model.initial_carry(2)['core'][0]
+    assert hyper_h.shape == (2, 6)
+    for core, options, message in (
+        ('hyper_lstm', {'hyper_feature': 6}, "did you mean 'hyper_features'"),
+        ('hyper_lstm', {'embedding': 'three'}, 'expected int'),
+        ('mogrifier', {'rounds': 3}, r'Try config\.model\.rounds = 3'),
+        ('transformer', {'hidden': 64}, r'Try config\.model\.ffn = 64'),
+        ('transformer', {'site': 'none'}, r'core_options\.site is unknown'),
+    ):
+        with pytest.raises(UserError, match=message):
+            factory.build_model(tiny(**{'model.core': core, 'model.core_options': options}), 256)
+
 
 @pytest.mark.slow
 def test_the_context_may_be_the_domain(tmp_path):

@@ -3,6 +3,8 @@
 import dataclasses
 import functools
 import re
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import tokenizers
@@ -31,7 +33,7 @@ class Corpus:
       num_bytes: split → length of its text in UTF-8. 'train' is missing if `train_tokens` shortens
         the split, except at the level 'byte'.
       lossless: whether the tokens determine the text, so that bits per byte are defined.
-      sha256: hash of the tokens in all splits. A run can only be resumed on the same tokens.
+      sha256: hash of the tokens in all splits, one split after another.
       domains: sorted names of the domains, or () if there are none.
       starts: split → the position at which each domain starts, [domains], or [0] if there are none.
       tokenizer: the tokenizer, or None for bytes.
@@ -58,6 +60,20 @@ class Corpus:
         """The number of token ids and the number of domains."""
         return self.vocabulary, len(self.domains)
 
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """Values in the metadata of a checkpoint that identify the tokens of each split."""
+        sizes = {split: len(ids) for split, ids in self.tokens.items()}
+        return {'data': self.sha256, 'num_tokens': sizes}
+
+    def is_described_by(self, meta: Mapping[str, Any]) -> bool:
+        """Return whether the metadata of a checkpoint has the fingerprint of these tokens.
+
+        A run can only be resumed and evaluated on the same tokens. Older checkpoints do not have
+        the numbers of tokens, so that only the hash is compared.
+        """
+        return all(meta.get(name, value) == value for name, value in self.fingerprint.items())
+
     def get_domains(self, split: str, positions: np.ndarray) -> np.ndarray:
         """Return the domain index of the tokens at these positions, int32 of the same shape."""
         return (np.searchsorted(self.starts[split], positions, 'right') - 1).astype(np.int32)
@@ -76,6 +92,12 @@ class Corpus:
             return np.asarray(tokens, np.uint8).tobytes().decode(errors='replace')
         text = self.tokenizer.decode(np.asarray(tokens).tolist())
         return text if self.level in UNMARKED else re.sub(' ?<eos> ?', '\n', text)
+
+    def join(self, prompt: str, continuation: str) -> str:
+        """Append a decoded continuation to a text, with a space where tokens are words."""
+        is_separate = prompt[-1:].isspace() or continuation[:1].isspace()
+        separator = '' if self.level in UNMARKED or is_separate else ' '
+        return f'{prompt}{separator}{continuation}'
 
     def count_predicted_bytes(self, split: str, num_predictions: int) -> int:
         """Count the bytes of text in the predicted tokens, which exclude a split's first token.
