@@ -220,6 +220,8 @@ def model_config() -> ml_collections.ConfigDict:
     config.rounds = 5  # of the Mogrifier
     config.rank = 0  # of its matrices; 0 for full ones
     config.capped = True  # its input gate: min(1 − f, i)
+    # Other fields of the core, by name: --config.model.core_options="{'hyper_features': 64}"
+    config.core_options = ml_collections.ConfigDict()
 
     # Of the Transformer alone, up to remat.
     config.heads = 4

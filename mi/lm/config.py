@@ -93,6 +93,7 @@ SCHEMA: dict[str, Rule] = {
     'model.rounds': integer(0),
     'model.rank': integer(0),
     'model.capped': bool,
+    'model.core_options.*': any_value,  # `factory` checks them against the core's fields
     'model.heads': integer(1),
     'model.kv_heads': integer(0),
     'model.activation': choice(ACTIVATIONS),

@@ -1,6 +1,7 @@
 """Constructors of the corpus, the model and the trainer from a config."""
 
 import functools
+from collections import ChainMap
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -21,13 +22,22 @@ from mi.lm.loss import Objective
 from mi.lm.model import LanguageModel
 from mi.lm.recurrent import Recurrent
 from mi.lm.trainer import Trainer
-from mi.options import get_options
+from mi.options import Options, check_options, get_field_defaults, get_options
 from mi.training import optim
 
 DATA_KEYS = {
     name: f'config.data.{name}' for name in ('source', 'path', 'cache', 'train_tokens', 'tokenizer')
 }
 """Argument of `token_store.load` → its config key."""
+CELL_KEYS = {name: f'config.model.{name}' for name in ('impl', 'rounds', 'rank', 'capped')}
+"""Field of a cell → its config key."""
+CORE_KEYS = {
+    name: f'config.model.{name}'
+    for name in ('layers', 'heads', 'kv_heads', 'activation', 'positions', 'memory', 'remat')
+} | {'hidden': 'config.model.ffn'}
+"""Field of a core in CORES → its config key."""
+INTERNAL_FIELDS = ('site', 'fusion', 'context', 'rates', 'decode')
+"""Fields of a core in CORES that `LanguageModel` sets."""
 
 
 def load_corpus(config: ml_collections.ConfigDict) -> Corpus:
@@ -121,6 +131,7 @@ def _get_words(
 
 def _get_core(model: ml_collections.ConfigDict) -> Callable[..., nn.Module]:
     """Return a constructor of the core, with the options that are fields of the core."""
+    core_options = _get_core_options(model)
     if model.core in CORES:
         module = CORES[model.core]
         options = {
@@ -132,10 +143,32 @@ def _get_core(model: ml_collections.ConfigDict) -> Callable[..., nn.Module]:
             'remat': model.remat,
         }
         known_options = {k: v for k, v in options.items() if has_parameter(module, k)}
-        return functools.partial(module, **known_options)
+        return functools.partial(module, **known_options, **core_options)
     options = {'rounds': model.rounds, 'rank': model.rank or None, 'capped': model.capped}
-    cell = cells.get(model.core, impl=model.impl, **options)
+    cell = cells.get(model.core, impl=model.impl, **options, **core_options)
     return functools.partial(Recurrent, cell=cell)
+
+
+def _get_core_options(model: ml_collections.ConfigDict) -> Options:
+    """Return the options of the core, which are the fields that no other config key sets.
+
+    Raises:
+      UserError: if the core does not have an option, or if another config key sets it.
+    """
+    options = get_options(model, 'core_options')
+    is_cell = model.core not in CORES
+    config_keys = CELL_KEYS if is_cell else CORE_KEYS
+    for name in options.keys() & config_keys.keys():
+        raise UserError(
+            f'config.model.core_options.{name} = {options[name]!r}: expected a field without a '
+            f'config key of its own. Try {config_keys[name]} = {options[name]!r}'
+        )
+    reserved = {*config_keys, *(() if is_cell else INTERNAL_FIELDS)}
+    defaults = get_field_defaults(ChainMap(CORES, cells.CELLS)[model.core])
+    defaults = {name: value for name, value in defaults.items() if name not in reserved}
+    with name_config_keys({'options': 'config.model.core_options'}):
+        check_options(model.core, options, defaults)
+    return options
 
 
 def build_trainer(
@@ -170,7 +203,8 @@ def compute_costs(
 ) -> dict[str, dict[str, int]]:
     """Count parameters and forward FLOPs per token, for the model and for its fusions.
 
-    FLOPs count only matrix products.
+    FLOPs count only matrix products. For an adaptive softmax they include every tail for every
+    token, whereas a step skips the blocks without a token in the tail.
     """
     model, variables, inputs = _make_shapes(config, vocabulary, num_domains)
 

@@ -4,7 +4,9 @@
 
 Model FLOPs count the forward pass (`mi.counting.flops`), times 3 for an update, because the
 backward pass has two products for each product of the forward pass (Chowdhery et al., PaLM, 2022,
-appendix B). Recomputed activations and the optimizer are not counted.
+appendix B). Recomputed activations and the optimizer are not counted. The tails
+of an adaptive softmax are counted for every token, although a step skips most of them, so that its
+MFU is too high by this part.
 """
 
 from collections.abc import Iterable, Mapping
