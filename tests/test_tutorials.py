@@ -40,7 +40,12 @@ PAGES = [
     ROOT / 'README.md',
     *(p for p in sorted((ROOT / 'docs').rglob('*.md')) if p.parent.name != 'motifs'),
 ]
-GROUPS = ('env.options', 'optim.options', 'model.fusion.options')  # given whole
+GROUPS = (  # given whole
+    'env.options',
+    'optim.options',
+    'model.core_options',
+    'model.fusion.options',
+)
 VALIDATE = {
     'lm': lm_config.validate,
     'rl': rl_config.validate,

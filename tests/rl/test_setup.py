@@ -6,7 +6,6 @@ import pytest
 
 from configs import rl as configs
 from mi.config import UserError
-from mi.kernels.by_id import BLOCK_ROWS
 from mi.rl import config as rl_config
 from mi.rl import envs, factory
 from mi.rl.envs.check import check_batch
@@ -31,13 +30,13 @@ def costs(config):
 @pytest.mark.parametrize(
     ('word', 'parameters', 'flops'),
     [
-        # With V and b; the bias of a known task is read, not multiplied. With W, the rows of each
-        # task are multiplied in a block of rows; there are 8 · 5 rows in all.
+        # With V and b; the bias of a known task is read, not multiplied. Each row is multiplied
+        # with the W of its task.
         ('none', (INPUT + 1) * FEATURES, 2 * INPUT * FEATURES),
         (
             'mi',
             (TASKS * INPUT + TASKS + INPUT + 1) * FEATURES,
-            (1 + TASKS * BLOCK_ROWS / (8 * 5)) * 2 * INPUT * FEATURES,
+            2 * 2 * INPUT * FEATURES,
         ),
     ],
 )
