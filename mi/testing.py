@@ -138,8 +138,28 @@ def check_cell(constructor: Callable[..., nn.Module], features: int = 8) -> None
         f'expected a carry that starts with c and h, each {(ROWS, features)}, got {state_shapes}',
     )
 
-    # Time: continuation, causality, reset.
-    half = STEPS // 2
+    # Rows.
+    row = jax.tree.map(lambda leaf: leaf[:1], carry)
+    alone = apply(variables, row, x[:, :1])[1]
+    _expect_close(alone, hidden[:, :1], 'a row by itself and in a batch')
+
+    # Time and state dropout.
+    _check_time(apply, variables, carry, x)
+    _check_keep(apply, variables, carry, x)
+
+    # Gradients.
+    gradient = jax.jit(jax.grad(lambda v, x: (cell.apply(v, carry, x)[1] ** 2).sum(), (0, 1)))
+    param_grads, x_grad = gradient(variables, x)
+    _check_gradients(param_grads)
+    _check_gradient('x', x_grad)
+
+
+def _check_time(apply: Callable[..., Any], variables: Any, carry: Any, x: Array) -> None:
+    """Check that a cell continues from its carry, does not see later steps, and resets rows."""
+    half = len(x) // 2
+    last, hidden = apply(variables, carry, x)
+
+    # A sequence in two halves.
     middle, first_half = apply(variables, carry, x[:half])
     end, second_half = apply(variables, middle, x[half:])
     _expect_close(
@@ -151,37 +171,33 @@ def check_cell(constructor: Callable[..., nn.Module], features: int = 8) -> None
         _describe(last), *map(jax.tree.leaves, (last, end)), strict=True
     ):
         _expect_close(state, full_state, f'carry{name} after two halves and after one call')
+
+    # Later steps of x, and a reset of the first row.
     changed = x.at[half:].set(0.0)
     _expect_close(
         apply(variables, carry, changed)[1][:half],
         hidden[:half],
         f'h before step {half} when later x change',
     )
-    reset = jnp.zeros((STEPS, ROWS), bool).at[half, 0].set(True)
+    reset = jnp.zeros(x.shape[:2], bool).at[half, 0].set(True)
     _, restarted = apply(variables, carry, x, reset)
-    fresh = apply(variables, cell.initial(ROWS), x[half:])[1]
+    fresh = apply(variables, carry, x[half:])[1]
     subject = 'h after a reset and at the start of a sequence'
     _expect_close(restarted[half:, 0], fresh[:, 0], subject)
     _expect_close(restarted[:, 1:], hidden[:, 1:], 'h with and without a reset of another row')
 
-    # Rows.
-    row = jax.tree.map(lambda leaf: leaf[:1], carry)
-    alone = apply(variables, row, x[:, :1])[1]
-    _expect_close(alone, hidden[:, :1], 'a row by itself and in a batch')
 
-    # State dropout: half of the features are dropped, and the others doubled.
-    keep = 2.0 * jax.random.bernoulli(jax.random.key(2), shape=(ROWS, features))
-    dropped, state = apply(variables, middle, x[half:], None, keep)[1], middle
-    for step in range(half, STEPS):
+def _check_keep(apply: Callable[..., Any], variables: Any, carry: Any, x: Array) -> None:
+    """Check that `keep` multiplies the h of the previous step before every step."""
+    middle, _ = apply(variables, carry, x[:1])
+
+    # Half of the features are dropped, and the others doubled, as by state dropout.
+    keep = 2.0 * jax.random.bernoulli(jax.random.key(2), shape=middle[1].shape)
+    dropped, state = apply(variables, middle, x[1:], None, keep)[1], middle
+    for step in range(1, len(x)):
         c, h, *others = state
         state, next_h = apply(variables, (c, (keep * h).astype(h.dtype), *others), x[step][None])
-        _expect_close(dropped[step - half], next_h[0], 'h with keep and after a product with keep')
-
-    # Gradients.
-    gradient = jax.jit(jax.grad(lambda v, x: (cell.apply(v, carry, x)[1] ** 2).sum(), (0, 1)))
-    param_grads, x_grad = gradient(variables, x)
-    _check_gradients(param_grads)
-    _check_gradient('x', x_grad)
+        _expect_close(dropped[step - 1], next_h[0], 'h with keep and after a product with keep')
 
 
 @jax.numpy_rank_promotion('allow')

@@ -256,6 +256,7 @@ def match_size(
     Raises:
       UserError: if the fusion does not have this size, or if every size costs more than the target.
     """
+    # Check that the size exists.
     if config.match.by == 'none':
         return config
     if config.match.knob == 'rank' and 'rank' not in fusion.get_options(config.model.fusion.name):
@@ -265,6 +266,7 @@ def match_size(
             f"config.match.knob = 'hidden'"
         )
 
+    # The cost of the config with changes, in parameters or in FLOPs per token.
     def compute_cost(changes: Mapping[str, object]) -> int:
         resized = _override(config, changes)
         if 'model.fusion.name' in changes:  # the options are those of the config's own fusion
@@ -276,6 +278,7 @@ def match_size(
         num_tokens = config.train.length * config.train.batch
         return round(counting.flops(model.apply, variables, *inputs) / num_tokens)
 
+    # Search for the size.
     target = config.match.target or compute_cost(BASELINES[config.match.baseline])
     try:
         matched_size = counting.nearest_size(

@@ -130,8 +130,10 @@ def merge_eval_config(
             continue
         trained, requested = trained_values.get(config_key), requested_values.get(config_key)
         if not is_in_both or _to_plain(trained) != _to_plain(requested):
+            expected = repr(trained) if config_key in trained_values else 'no value'
+            actual = repr(requested) if config_key in requested_values else 'no value'
             raise UserError(
-                f'config.{config_key} = {requested!r}: expected {trained!r}, as in the training of '
+                f'config.{config_key} = {actual}: expected {expected}, as in the training of '
                 f'{workdir}. Remove the option, or use the --workdir of another run'
             )
 

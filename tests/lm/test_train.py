@@ -327,7 +327,7 @@ def test_tokens_that_changed_since_are_noticed(tmp_path, texts):
     with pytest.raises(UserError, match=r'expected the tokens that .* was trained on'):
         assess.assess(config, str(tmp_path / 'run'))
 
-    # The same tokens in all, of which some have moved from train to valid.
+    # The same tokens in all, but some have moved from train to valid.
     shutil.copytree(texts, tmp_path / 'texts', dirs_exist_ok=True)
     train_file, valid_file = (tmp_path / 'texts' / f'{split}.txt' for split in ('train', 'valid'))
     text = train_file.read_bytes()

@@ -47,7 +47,7 @@ def write_sweep(path, members, **changes):
 
 
 def write_problems(path):
-    """A sweep of an easy and a hard problem, on each of which the larger of two arms is better.
+    """A sweep of an easy and a hard problem. In both, the larger of two arms is better.
 
     The third arm of the easy problem is beaten by both.
     """

@@ -146,10 +146,10 @@ def _check_texts(source: str, texts: object, splits: Collection[str]) -> None:
     """Check what the function of a user's corpus returned."""
     if isinstance(texts, Mapping) and all(_is_list_of_texts(texts.get(split)) for split in splits):
         return
-    given = sorted(map(str, texts)) if isinstance(texts, Mapping) else type(texts).__name__
+    actual = sorted(map(str, texts)) if isinstance(texts, Mapping) else type(texts).__name__
     raise DataError(
         f'`source` = {source!r}: expected the lists of mi.lm.data.texts.Text of '
-        f'{", ".join(splits)}, by split, got {given}. Try split_by_lines(open_text(path, cache)) '
+        f'{", ".join(splits)}, by split, got {actual}. Try split_by_lines(open_text(path, cache)) '
         f'of mi.lm.data.sources'
     )
 
