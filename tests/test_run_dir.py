@@ -120,8 +120,8 @@ def test_a_run_is_evaluated_with_its_own_config_and_what_evaluation_may_change(t
 )
 def test_an_option_that_only_one_config_has_is_a_difference(tmp_path, trained, requested):
     """It has its default in the other one, which no newer code has added."""
-    trained_config = config(model={'width': 3, 'options': trained}, optim={'options': trained})
-    requested_config = config(model={'width': 3, 'options': requested}, optim={'options': {'a': 1}})
+    trained_config = config(model={'width': 3, 'options': trained}, loss={'options': trained})
+    requested_config = config(model={'width': 3, 'options': requested}, loss={'options': {'a': 1}})
     with run_dir.open_run(tmp_path, trained_config):
         pass
     with (
@@ -136,7 +136,7 @@ def test_an_option_that_only_one_config_has_is_a_difference(tmp_path, trained, r
     # Options that an evaluation does not read are those of the run.
     requested_config.model.options = ml_collections.ConfigDict(trained)
     merged = run_config.merge_eval_config(tmp_path, requested_config, **parts)
-    assert merged.optim.options.to_dict() == trained
+    assert merged.loss.options.to_dict() == trained
 
 
 def test_signals_ask_once_and_handlers_come_back(tmp_path):
