@@ -87,3 +87,8 @@ def test_faults_that_cannot_be_applied_are_named(project, capsys):
     (root / 'code.py').write_text(CODE.replace('a - b', '0 + a'))
     assert mutate.main([f'--root={root}', f'--faults={faults}', '--check']) == 2
     assert 'area/sum for difference: old text occurs 0 times in code.py' in capsys.readouterr().err
+
+
+def test_every_fault_of_the_project_can_be_applied(capsys):
+    """Code that moves would leave a fault behind, which then guards nothing."""
+    assert mutate.main(['--check']) == 0, capsys.readouterr().err

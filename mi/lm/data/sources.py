@@ -23,6 +23,7 @@ from mi.lm.data.texts import (
     DataError,
     Text,
     Texts,
+    check_texts,
     join_texts,
     split_at,
     split_by_lines,
@@ -138,24 +139,8 @@ def load_texts(source: str, path: str, splits: Collection[str], cache: pathlib.P
             texts = known_source.read(pathlib.Path(corpus_path).expanduser(), splits, cache)
     except DataError as error:
         raise known_source.make_error(str(error)) from error
-    _check_texts(source, texts, splits)
+    check_texts(source, texts, splits)
     return {split: texts[split] for split in SPLITS if split in splits}
-
-
-def _check_texts(source: str, texts: object, splits: Collection[str]) -> None:
-    """Check what the function of a user's corpus returned."""
-    if isinstance(texts, Mapping) and all(_is_list_of_texts(texts.get(split)) for split in splits):
-        return
-    actual = sorted(map(str, texts)) if isinstance(texts, Mapping) else type(texts).__name__
-    raise DataError(
-        f'`source` = {source!r}: expected the lists of mi.lm.data.texts.Text of '
-        f'{", ".join(splits)}, by split, got {actual}. Try split_by_lines(open_text(path, cache)) '
-        f'of mi.lm.data.sources'
-    )
-
-
-def _is_list_of_texts(value: object) -> bool:
-    return isinstance(value, list | tuple) and all(isinstance(text, Text) for text in value)
 
 
 def get_cache_directory(cache: str) -> pathlib.Path:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -78,6 +78,27 @@ class Text:
 
 
 Texts = dict[str, list[Text]]  # split → its texts, in order; with domains, one for each, by name
+
+
+def check_texts(source: str, texts: object, splits: Collection[str]) -> None:
+    """Check what the function of a user's corpus returned.
+
+    Raises:
+      DataError: if it is not a mapping that has a list of `Text` for each of the splits.
+    """
+    by_split = texts if isinstance(texts, Mapping) else {}
+    if all(_is_list_of_texts(by_split.get(split)) for split in splits):
+        return
+    actual = sorted(map(str, texts)) if isinstance(texts, Mapping) else type(texts).__name__
+    raise DataError(
+        f'`source` = {source!r}: expected the lists of mi.lm.data.texts.Text of '
+        f'{", ".join(splits)}, by split, got {actual}. Try split_by_lines(open_text(path, cache)) '
+        f'of mi.lm.data.sources'
+    )
+
+
+def _is_list_of_texts(value: object) -> bool:
+    return isinstance(value, list | tuple) and all(isinstance(text, Text) for text in value)
 
 
 def split_by_lines(text: Text) -> Texts:
