@@ -7,12 +7,14 @@ command `python -m mi.estimate --config=FILE` prints the cost of a run.
 import functools
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 from flax import linen as nn
 from jax.extend import core
+
+from mi.kernels.linear import target_platform
 
 PRODUCTS_BY_ID = ('multiply_sorted_rows', 'sum_sorted_products')
 """Jitted functions of `mi.kernels.by_id`. Each multiplies every row of its inputs once."""
@@ -44,8 +46,9 @@ def products(function: Callable[..., object], *args: object) -> list[Product]:
     """Return the matrix products and convolutions that function(*args) computes.
 
     The body of a scan counts once per iteration, the body of a while loop once, and a conditional
-    counts as its most expensive branch. The kernel for W[ids] x counts as one product, because its
-    loops have a dynamic length. The arguments can be arrays or shapes.
+    counts as its most expensive branch. Of `jax.lax.platform_dependent`, the branch of
+    `target_platform()` counts. The kernel for W[ids] x counts as one product, because its loops
+    have a dynamic length. The arguments can be arrays or shapes.
     """
     return _find_products(jax.make_jaxpr(function)(*args).jaxpr, 1)
 
@@ -57,8 +60,8 @@ def flops(function: Callable[..., object], *args: object) -> int:
     counted. The body of a scan counts once per iteration, whereas `compiled.cost_analysis()` counts
     it only once. The body of a while loop counts once, because its number of iterations is not
     known. The loops of the kernel for W[ids] x are an exception: with x [B, n] and W [m, n, k],
-    they count 2·B·n·k. A conditional counts as its most expensive branch. The arguments can be
-    arrays or shapes.
+    they count 2·B·n·k. A conditional counts as its most expensive branch, and one between platforms
+    as the branch of `target_platform()`. The arguments can be arrays or shapes.
     """
     return _sum_flops(products(function, *args))
 
@@ -84,7 +87,7 @@ def _find_products(jaxpr: core.Jaxpr, times: int) -> list[Product]:
         elif eqn.primitive.name == 'jit' and eqn.params['name'] in PRODUCTS_BY_ID:
             matmuls.append(Product(_count_flops_by_id(eqn), _count_bytes(eqn), times))
         elif eqn.primitive.name == 'cond':
-            branches = [_find_products(branch.jaxpr, times) for branch in eqn.params['branches']]
+            branches = [_find_products(branch.jaxpr, times) for branch in list_branches(eqn)]
             costliest_branch: list[Product] = max(branches, key=_sum_flops)
             matmuls += costliest_branch
         else:
@@ -92,6 +95,20 @@ def _find_products(jaxpr: core.Jaxpr, times: int) -> list[Product]:
             for inner_jaxpr in _list_inner_jaxprs(eqn):
                 matmuls += _find_products(inner_jaxpr, times * num_iterations)
     return matmuls
+
+
+def list_branches(eqn: core.JaxprEqn) -> Sequence[core.ClosedJaxpr]:
+    """Return the branches of a conditional, or the one for the platform that is traced for."""
+    branches: Sequence[core.ClosedJaxpr] = eqn.params['branches']
+    platforms = eqn.params.get('branches_platforms')  # of `jax.lax.platform_dependent`
+    if platforms is None:
+        return branches
+    platform = target_platform()
+    names = {'cuda', 'rocm'} if platform == 'gpu' else {platform}
+    for branch, branch_platforms in zip(branches, platforms, strict=True):
+        if branch_platforms is None or not names.isdisjoint(branch_platforms):  # None: all others
+            return [branch]
+    return branches
 
 
 def _count_flops_by_id(eqn: core.JaxprEqn) -> int:

@@ -15,6 +15,25 @@ def test_parameters_counts_shapes():
     assert counting.parameters(tree) == 66
 
 
+def test_of_a_choice_by_platform_the_branch_that_runs_counts():
+    x, W = jax.ShapeDtypeStruct((7, 3), jnp.float32), jax.ShapeDtypeStruct((3, 3), jnp.float32)
+    one = 2 * 7 * 3 * 3
+
+    def choose(x, W):
+        return jax.lax.platform_dependent(
+            x, W, cpu=lambda x, W: x @ W @ W, cuda=lambda x, W: x @ W, default=lambda x, W: x
+        )
+
+    flops = {}
+    for platform in ('cpu', 'gpu', 'tpu'):
+        device = jax.sharding.AbstractDevice('', None, platform)
+        with jax.sharding.use_abstract_mesh(
+            jax.sharding.AbstractMesh((), (), abstract_device=device)
+        ):
+            flops[platform] = counting.flops(choose, x, W)
+    assert flops == {'cpu': 2 * one, 'gpu': one, 'tpu': 0}
+
+
 def test_flops_of_products_scans_convolutions_and_branches():
     x, W = jax.ShapeDtypeStruct((7, 3), jnp.float32), jax.ShapeDtypeStruct((3, 3), jnp.float32)
     one = 2 * 7 * 3 * 3

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 
 from jax.extend import core
 
+from mi.counting import list_branches
 from mi.find.interpreter import Interpreter
 from mi.find.primitives import count_devices, count_scan_inputs, get_shape, open_jaxpr
 from mi.find.records import Equation, Scope
@@ -42,12 +43,15 @@ def run_call(
 
 
 def run_cond(interpreter: Interpreter, equation: Equation) -> list[Value]:
-    """Record all branches, merge their results, and only count the costliest branch."""
+    """Record all branches, merge their results, and only count the costliest branch.
+
+    Of a choice between platforms, there is only the branch of `mi.kernels.linear.target_platform`.
+    """
     predicate, *operands = equation.inputs
     scope = equation.enter()
     start_flops, start_contents = interpreter.flops, interpreter.contents
     outputs, costs, contents = [], [], []
-    for branch in equation.params['branches']:
+    for branch in list_branches(equation.eqn):
         interpreter.flops, interpreter.contents = 0, dict(start_contents)
         outputs.append(interpreter.run(branch, operands, scope))
         costs.append(interpreter.flops)

@@ -21,12 +21,18 @@ MAX_TRANSPOSED = 2**19
 def target_platform() -> Platform:
     """Return the platform that the current function is traced for.
 
-    This is the platform of the mesh in the enclosing `jax.set_mesh` or `jax.shard_map`, whose
-    devices need not be present when a program is only compiled for them. Without a mesh, it is
-    JAX's default backend.
+    This is `mesh_platform()` or, without a mesh, the platform of JAX's default backend.
+    """
+    return mesh_platform() or jax.default_backend()  # type: ignore[return-value]
+
+
+def mesh_platform() -> Platform | None:
+    """Return the platform of the mesh in the enclosing `jax.set_mesh` or `jax.shard_map`, if any.
+
+    Its devices need not be present when a program is only compiled for them.
     """
     device = jax.sharding.get_abstract_mesh().abstract_device
-    return jax.default_backend() if device is None else device.platform  # type: ignore[return-value]
+    return None if device is None else device.platform
 
 
 def linear(

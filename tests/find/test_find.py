@@ -223,6 +223,11 @@ def pick(x, z):
     return jax.lax.cond(x[0, 0] > 0, gate, lambda x, z: x + z, x, z)
 
 
+def pick_by_platform(x, z):
+    """The CPU's branch has the gate."""
+    return jax.lax.platform_dependent(x, z, cpu=gate, default=lambda x, z: x * z)
+
+
 def shard(x, z):
     mesh = jax.make_mesh((1,), ('data',), axis_types=(jax.sharding.AxisType.Auto,))
     specs = PartitionSpec('data')
@@ -231,8 +236,11 @@ def shard(x, z):
 
 @pytest.mark.parametrize(
     'function',
-    [gate, jax.jit(gate), jax.checkpoint(gate), custom_gate, jax.vmap(gate), pick, shard],
-    ids=['plain', 'jit', 'remat', 'custom_vjp', 'vmap', 'cond', 'shard_map'],
+    [
+        *(gate, jax.jit(gate), jax.checkpoint(gate), custom_gate, jax.vmap(gate), pick),
+        *(pick_by_platform, shard),
+    ],
+    ids=['plain', 'jit', 'remat', 'custom_vjp', 'vmap', 'cond', 'platform', 'shard_map'],
 )
 def test_nested_functions_are_read(function):
     report = find(lambda params, x, z: function(x, z), None, x=X, z=X)
