@@ -14,6 +14,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 
 from mi.counting import Product
+from mi.kernels.linear import Platform
 
 FLOAT_BYTES = 4  # bytes of a parameter, of its gradient and of each moment
 # Adam: parameter, gradient and two moments are read, all but the gradient written; the norm for
@@ -49,6 +50,11 @@ class Chip:
     network: float
     cores: int
     source: str
+
+    @property
+    def platform(self) -> Platform:
+        """JAX's name of the chip's kind."""
+        return 'tpu' if self.name.startswith('TPU') else 'gpu'
 
 
 # Half of NVLink's figure goes each way. A DGX has a network card of 400 Gb/s for each GPU, and 112
@@ -109,14 +115,14 @@ class Job:
       parameters: number of parameters.
       units: number of tokens or environment steps that a row contributes to a training step.
       total: number of tokens or environment steps in the run.
-      work: function from the number of rows on a chip to the work of the chip.
+      work: function from the number of rows on a chip and its platform to the work of the chip.
     """
 
     name: str
     parameters: int
     units: int
     total: float
-    work: Callable[[int], Work]
+    work: Callable[[int, Platform], Work]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -228,7 +234,7 @@ def estimate_step(
             f'rows = {rows}, chips = {chips}, fsdp = {fsdp}: expected rows to be a multiple of '
             f'chips, and chips to be a multiple of fsdp'
         )
-    chip_work = job.work(rows // chips)
+    chip_work = job.work(rows // chips, chip.platform)
     arithmetic, reading = estimate_roofline(chip_work.products, chip)
     inner_bytes, outer_bytes = compute_traffic(job.parameters, chips // fsdp, fsdp)
     messages = 3 * (fsdp - 1) + 2 * (chips // fsdp - 1)

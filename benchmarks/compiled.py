@@ -26,6 +26,7 @@ from benchmarks.cluster import CHIPS, Work
 from benchmarks.scaling import Table
 from configs import lm_wikitext103, rl
 from mi.estimate import costs, deployment, memory, topologies
+from mi.kernels.linear import Platform
 from mi.rl.envs.host import dmlab30
 
 RESULTS = pathlib.Path(__file__).parent / 'results/compiled.json'
@@ -53,14 +54,14 @@ class Job(NamedTuple):
       title: title for tables.
       config: function from the number of chips to the config.
       rows: function from the number of chips to the number of rows in the batch, over all chips.
-      paper: function from the config and the rows on a chip to the chip's work in the analytic
-        model, or None if the model does not cover the job.
+      paper: function from the config, the rows on a chip and its platform to the chip's work in
+        the analytic model, or None if the model does not cover the job.
     """
 
     title: str
     config: Callable[[int], ml_collections.ConfigDict]
     rows: Callable[[int], int]
-    paper: Callable[[ml_collections.ConfigDict, int], Work] | None
+    paper: Callable[[ml_collections.ConfigDict, int, Platform], Work] | None
 
 
 def wikitext(core: str, num_chips: int) -> ml_collections.ConfigDict:
@@ -84,14 +85,14 @@ def dmlab(num_chips: int) -> ml_collections.ConfigDict:
     return config.lock()
 
 
-def lm_paper(config: ml_collections.ConfigDict, rows: int) -> Work:
+def lm_paper(config: ml_collections.ConfigDict, rows: int, platform: Platform) -> Work:
     """Return the work of a chip for a language model, in the analytic model."""
-    return workloads.lm_work(config, config.data.vocabulary, rows)
+    return workloads.lm_work(config, config.data.vocabulary, rows, platform)
 
 
-def rl_paper(config: ml_collections.ConfigDict, rows: int) -> Work:
+def rl_paper(config: ml_collections.ConfigDict, rows: int, platform: Platform) -> Work:
     """Return the work of a chip for DMLab-30, in the analytic model."""
-    return workloads.rl_work(config, dmlab30.make_spec(), rows)
+    return workloads.rl_work(config, dmlab30.make_spec(), rows, platform)
 
 
 JOBS = {
@@ -198,7 +199,8 @@ def batch_flops(record: Record, records: Mapping[tuple[str, str, int], Record]) 
     single_record = records.get((record['job'], record['family'], 1))
     if single_record is not None and single_record['flops'] is not None:
         return single_record['flops'] * record['rows'] / single_record['rows']
-    work = compute_work(record['job'], record['chips'])
+    platform = CHIPS[CHIP_OF[record['family']]].platform
+    work = compute_work(record['job'], record['chips'], platform)
     if work is None:
         return record['whole']
     return record['chips'] * sum(product.flops * product.times for product in work.products)
@@ -278,7 +280,8 @@ def paper_table(records: Sequence[Record]) -> Table:
     """
     table_rows = [['job', 'chip', 'chips', 'FLOPs', 'memory', 'bytes sent']]
     for record in records:
-        work = compute_work(record['job'], record['chips'])
+        platform = CHIPS[CHIP_OF[record['family']]].platform
+        work = compute_work(record['job'], record['chips'], platform)
         if record['flops'] is None or work is None:
             continue
         flops = sum(product.flops * product.times for product in work.products)
@@ -300,10 +303,12 @@ def paper_table(records: Sequence[Record]) -> Table:
 
 
 @functools.cache
-def compute_work(job_name: str, num_chips: int) -> Work | None:
+def compute_work(job_name: str, num_chips: int, platform: Platform) -> Work | None:
     """Return the work per chip in the analytic model, or None if it does not cover the job."""
     job = JOBS[job_name]
-    return job.paper(job.config(num_chips), job.rows(num_chips) // num_chips) if job.paper else None
+    if job.paper is None:
+        return None
+    return job.paper(job.config(num_chips), job.rows(num_chips) // num_chips, platform)
 
 
 def format_ratio(analytic: float, compiled: float) -> str:

@@ -62,6 +62,6 @@ def lstm_share(record: Mapping[str, Any], seconds: Seconds) -> float:
         config.train.update({'length': num_steps, 'batch': batch_size})
         # Compare its rate with that at the bound.
         tokens_per_second = figure['mi'] if 'mi' in figure else figure['tokens_per_second']
-        products = workloads.lm_work(config, vocabulary, batch_size).products
+        products = workloads.lm_work(config, vocabulary, batch_size, 'cpu').products
         shares.append(seconds(products) * tokens_per_second / (num_steps * batch_size))
     return statistics.median(shares)

@@ -232,7 +232,7 @@ def _make_topology(system: System) -> pipeline.Topology:
 def _make_stages(system: System, job: Job, chip: Chip, share: float) -> pipeline.Stages:
     config, spec = workloads.dmlab_config(), dmlab30.make_spec()
     if system.topology == 'threads':
-        products = workloads.policy_products(config, spec, system.rows)
+        products = workloads.policy_products(config, spec, system.rows, chip.platform)
         policy_seconds = sum(cluster.estimate_roofline(products, chip)) / share
     else:
         actor_flops = config.actors.groups * system.cores * measurements.core_flops()

@@ -4,6 +4,7 @@ Everything is traced abstractly, without allocating arrays.
 """
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import math
@@ -19,6 +20,7 @@ import optax
 from benchmarks.cluster import Job, Work
 from configs import rl_dmlab30
 from mi import counting
+from mi.kernels.linear import Platform
 from mi.lm import factory as lm
 from mi.lm.data.batches import Batch
 from mi.lm.trainer import Trainer
@@ -46,6 +48,13 @@ class Training(NamedTuple):
     state: Any  # TrainState or learner.LearnerState
 
 
+def tracing_for(platform: Platform) -> contextlib.AbstractContextManager[None]:
+    """Let `target_platform()` be `platform`, whose orders and kernels differ from the CPU's."""
+    device = jax.sharding.AbstractDevice('', None, platform)
+    mesh = jax.sharding.AbstractMesh((), (), abstract_device=device)
+    return jax.sharding.use_abstract_mesh(mesh)
+
+
 def lm_training(config: ml_collections.ConfigDict, vocabulary: int, rows: int) -> Training:
     """Return a language model, its optimizer and the shapes of its training state."""
     trainer = make_lm_trainer(config, vocabulary, rows)
@@ -59,7 +68,9 @@ def make_lm_trainer(config: ml_collections.ConfigDict, vocabulary: int, rows: in
     return dataclasses.replace(trainer, batch_size=rows, accumulation=1)
 
 
-def lm_work(config: ml_collections.ConfigDict, vocabulary: int, rows: int) -> Work:
+def lm_work(
+    config: ml_collections.ConfigDict, vocabulary: int, rows: int, platform: Platform
+) -> Work:
     """Return the work of a training step, including all blocks of an adaptive softmax."""
     model, _, state_shapes = lm_training(config, vocabulary, rows)
     scalar: Any = jax.ShapeDtypeStruct((), jnp.int32)
@@ -75,8 +86,10 @@ def lm_work(config: ml_collections.ConfigDict, vocabulary: int, rows: int) -> Wo
         )
         return losses.objective.mean()  # type: ignore[attr-defined]
 
-    products = counting.products(train_step, state_shapes, batch)
-    return Work(products, saved_bytes(loss, state_shapes.params, state_shapes.carry, tokens))
+    with tracing_for(platform):
+        products = counting.products(train_step, state_shapes, batch)
+        num_bytes = saved_bytes(loss, state_shapes.params, state_shapes.carry, tokens)
+    return Work(products, num_bytes)
 
 
 def lm_job(name: str, config: ml_collections.ConfigDict, total: float) -> Job:
@@ -144,7 +157,7 @@ def trajectory_shapes(config: ml_collections.ConfigDict, spec: Spec, rows: int) 
     )
 
 
-def rl_work(config: ml_collections.ConfigDict, spec: Spec, rows: int) -> Work:
+def rl_work(config: ml_collections.ConfigDict, spec: Spec, rows: int, platform: Platform) -> Work:
     """Return the work of an update with trajectories from `rows` environments."""
     agent, optimizer, state_shapes = rl_training(config, spec)
     trajectory = trajectory_shapes(config, spec, rows)
@@ -154,8 +167,9 @@ def rl_work(config: ml_collections.ConfigDict, spec: Spec, rows: int) -> Work:
         _, outputs = learner.forward(agent, params, trajectory.carry, trajectory.inputs)
         return outputs.value.sum() + outputs.logits.sum()
 
-    products = counting.products(update, state_shapes, trajectory)
-    return Work(products, saved_bytes(loss, state_shapes.params, trajectory))
+    with tracing_for(platform):
+        products = counting.products(update, state_shapes, trajectory)
+        return Work(products, saved_bytes(loss, state_shapes.params, trajectory))
 
 
 def dmlab_config() -> ml_collections.ConfigDict:
@@ -190,14 +204,15 @@ def policy_flops() -> int:
 
 
 def policy_products(
-    config: ml_collections.ConfigDict, spec: Spec, rows: int
+    config: ml_collections.ConfigDict, spec: Spec, rows: int, platform: Platform
 ) -> list[counting.Product]:
     """Return the products of the policy for one step of `rows` environments."""
     agent, _, state_shapes = rl_training(config, spec)
     carry = jax.eval_shape(lambda: agent.initial_carry(rows))
     policy = functools.partial(learner.forward, agent)
     inputs = rl.make_input_shapes(spec, 1, rows)
-    return counting.products(policy, state_shapes.params, carry, inputs)
+    with tracing_for(platform):
+        return counting.products(policy, state_shapes.params, carry, inputs)
 
 
 def trajectory_bytes() -> float:

@@ -15,13 +15,14 @@ from mi.counting import Product
 from mi.lm import factory as lm
 from mi.rl import envs
 from mi.rl import factory as rl
+from mi.rl.envs.host import dmlab30
 
 CHIP = Chip('toy', 1e12, 5e11, 1e9, 1e11, link=1e10, node=4, network=1e9, cores=2, source='')
 WORK = Work([Product(2 * 10**9, 10**8, 3), Product(10**6, 10**8, 2)], activations=7)
 
 
 def job(parameters=10**6, work=lambda rows: WORK):
-    return Job('toy', parameters, units=5, total=1e6, work=work)
+    return Job('toy', parameters, units=5, total=1e6, work=lambda rows, platform: work(rows))
 
 
 def test_a_step_of_one_chip_by_hand():
@@ -85,12 +86,12 @@ def test_saved_bytes_are_the_inputs_of_products():
 
 def test_a_training_step_of_a_language_model_has_three_times_the_products_of_a_pass():
     config = lm_configs.get_config('tiny')
-    work = workloads.lm_work(config, 256, 4)
+    work = workloads.lm_work(config, 256, 4, 'cpu')
     total = sum(p.flops * p.times for p in work.products)
     tokens = config.train.length * 4
     forward = tokens * lm.compute_costs(config, 256)['flops_per_token']['model']
     assert 2.5 < total / forward < 3.2
-    twice = workloads.lm_work(config, 256, 8)
+    twice = workloads.lm_work(config, 256, 8, 'cpu')
     assert sum(p.flops * p.times for p in twice.products) == 2 * total
     assert (
         1.5 < twice.activations / work.activations <= 2
@@ -99,17 +100,27 @@ def test_a_training_step_of_a_language_model_has_three_times_the_products_of_a_p
 
 def test_an_update_of_an_agent_has_three_times_the_products_of_a_pass():
     config, spec = rl_configs.get_config('tiny'), envs.make('catch').spec
-    total = sum(p.flops * p.times for p in workloads.rl_work(config, spec, 8).products)
+    total = sum(p.flops * p.times for p in workloads.rl_work(config, spec, 8, 'cpu').products)
     costs = rl.compute_costs(rl.build_agent(config, spec), 8, config.train.length)
     rows = 8 * (config.train.length + 1)  # the last one bootstraps
     assert 2.3 < total / (rows * costs['flops_per_step']['model']) < 3.2
+
+
+def test_a_chip_has_the_convolutions_of_its_platform():
+    """Of the learner of DMLab-30: on CPU, each of the nine taps is a product of its own."""
+    config, spec = workloads.dmlab_config(), dmlab30.make_spec()
+    gpu, cpu = (workloads.rl_work(config, spec, 8, platform) for platform in ('gpu', 'cpu'))
+    assert len(gpu.products) < len(cpu.products)
+    flops = [sum(p.flops * p.times for p in work.products) for work in (gpu, cpu)]
+    assert 0.8 < flops[0] / flops[1] <= 1.01
+    assert gpu.activations < cpu.activations
 
 
 def test_the_share_of_a_bound_is_measured_over_bound():
     config = lm_configs.get_config().unlock()
     config.model.update({'embed': 64, 'hidden': 256, 'site': 'none', 'tied': False})
     config.train.update({'length': 64, 'batch': 32})
-    flops = sum(p.flops * p.times for p in workloads.lm_work(config, 1024, 32).products)
+    flops = sum(p.flops * p.times for p in workloads.lm_work(config, 1024, 32, 'cpu').products)
     seconds = 4 * flops / 1e12  # a quarter of 1 TFLOP/s
     figure = {'set': 'lstm', 'side': 'mi', 'size': 'quickstart'}
     record = {'figures': [figure | {'tokens_per_second': 64 * 32 / seconds}]}
@@ -149,7 +160,7 @@ def test_a_program_that_divides_its_work_has_a_share_of_one():
 
 def test_a_program_too_large_for_one_chip_is_compared_with_the_model(monkeypatch):
     products = [Product(7e12 / 8, 0, 1)]
-    monkeypatch.setattr(compiled, 'compute_work', lambda job_name, num_chips: Work(products, 0))
+    monkeypatch.setattr(compiled, 'compute_work', lambda *args: Work(products, 0))
     refused = dict.fromkeys(('flops', 'peak', 'bytes_sent', 'seconds'))
     records = [record(1, **refused, fits=False, error='Ran out of memory'), record(8)]
     rows = columns(compiled.programs_table(records, 'lstm'))
@@ -186,7 +197,6 @@ def test_every_chip_has_a_source():
     assert all(chip.source and chip.name == name for name, chip in cluster.CHIPS.items())
 
 
-@pytest.mark.slow
 def test_the_written_tables_are_those_of_the_code():
     written = json.loads((measurements.RESULTS / 'scaling.json').read_text())
     chip = cluster.CHIPS[written['chip']]

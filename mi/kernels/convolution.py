@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from mi.kernels.linear import accumulate, accumulation_dtype
+from mi.kernels.linear import accumulate, accumulation_dtype, mesh_platform
 
 AXES = ('NHWC', 'HWIO', 'NHWC')
 MIN_PRODUCT_CHANNELS = 32  # from here on, products are faster in the forward pass too
@@ -58,7 +58,12 @@ def convolve(  # noqa: PLR0913 - nn.Conv calls it as jax.lax.conv_general_dilate
     is_plain = {*lhs_dilation, *rhs_dilation, feature_group_count} == {1}
     if not (is_divisible and is_plain):
         return convolve_natively(lhs, rhs)
-    return jax.lax.platform_dependent(lhs, rhs, cpu=convolve_by_products, default=convolve_natively)
+    platform = mesh_platform()
+    if platform is None:  # A program for several platforms has both.
+        return jax.lax.platform_dependent(
+            lhs, rhs, cpu=convolve_by_products, default=convolve_natively
+        )
+    return convolve_by_products(lhs, rhs) if platform == 'cpu' else convolve_natively(lhs, rhs)
 
 
 def _merge_blocks(x: Array, W: Array, block_height: int, block_width: int) -> tuple[Array, Array]:

@@ -89,3 +89,26 @@ def test_accelerators_keep_their_own():
 
     assert lowered('cuda').count('stablehlo.convolution') == 1
     assert lowered('cpu').count('stablehlo.dot_general') == 4
+
+
+def test_a_mesh_decides_while_tracing():
+    """No program for one platform has both ways, nor what both would save for a gradient."""
+    x, W = random(0, 2, 9, 11, 32), random(1, 3, 3, 32, 6)
+
+    def call(x, W):
+        return convolve(x, W, (1, 1), 'SAME', dimension_numbers=AXES)
+
+    def list_primitives(platform):
+        device = jax.sharding.AbstractDevice('', None, platform)
+        mesh = jax.sharding.AbstractMesh((), (), abstract_device=device)
+        with jax.sharding.use_abstract_mesh(mesh):
+            return str(jax.make_jaxpr(call)(x, W))
+
+    cpu, tpu = list_primitives('cpu'), list_primitives('tpu')
+    assert cpu.count('dot_general') == 9 and 'conv_general_dilated' not in cpu
+    assert tpu.count('conv_general_dilated') == 1 and 'dot_general' not in tpu
+    assert 'platform_index' not in cpu + tpu
+    mesh = jax.sharding.Mesh(jax.devices()[:1], ('data',))
+    with jax.set_mesh(mesh):
+        y = jax.jit(call)(x, W)
+    np.testing.assert_allclose(y, jax.jit(call)(x, W), rtol=1e-6)
