@@ -15,7 +15,7 @@ Source: see experiments/lm_table.py, which defines the arms, the table and the f
 
 from experiments import lm_table
 from experiments.lm_table import BASELINE, CURVES, METRIC, SPLIT, report
-from launch.sweep import Overrides, product
+from launch.sweep import Overrides
 
 __all__ = ['BASELINE', 'CURVES', 'METRIC', 'SPLIT', 'report']
 
@@ -33,4 +33,4 @@ SEEDS = [(0,), (1,), (2,), (3,), (4,)]  # a member each
 
 def sweep() -> list[Overrides]:
     sizes: Overrides = {'model.context': 16, 'match.by': 'parameters', 'match.baseline': 'plain'}
-    return [arm | sizes for arm in product(lm_table.list_arms(), seeds=SEEDS)]
+    return [arm | sizes | {'seeds': seeds} for seeds in SEEDS for arm in lm_table.list_arms()]
