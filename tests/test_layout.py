@@ -16,7 +16,9 @@ from tests.conftest import ROOT
 LAYERS = [
     ['registry'],
     ['config', 'precision', 'rows'],
-    ['kernels', 'counting', 'dropout', 'overrides', 'options', 'find'],
+    ['kernels', 'dropout', 'overrides', 'options', 'web_page'],
+    ['counting'],
+    ['find'],
     ['layers'],
     ['motifs'],
     ['fusion'],
@@ -30,7 +32,7 @@ LAYERS = [
 LAYER = {package: i for i, packages in enumerate(LAYERS) for package in packages}
 # A report reads run directories and knows nothing of models.
 READ_BY_REPORT = (
-    *('config', 'registry'),
+    *('config', 'registry', 'web_page'),
     *(f'training.{name}' for name in ('io', 'lock', 'progress', 'run_metric', 'run_state')),
 )
 TYPED_MODULES = [

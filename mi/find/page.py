@@ -1,8 +1,9 @@
 """The HTML page for a report, a self-contained file in the style of the run reports."""
 
-import importlib.resources
 from html import escape
 from typing import TYPE_CHECKING
+
+from mi import web_page
 
 if TYPE_CHECKING:
     from mi.find.report import Interaction, Report
@@ -31,7 +32,6 @@ for (const box of boxes) box.addEventListener('change', update);
 
 def render_page(report: 'Report') -> str:
     """Return the HTML document."""
-    look = importlib.resources.files('mi').joinpath('report', 'page.css')
     sections = [
         f'<h1>{escape(report.name)}</h1>',
         f'<p>{escape(str(report).partition(chr(10) * 2)[0])}</p>',
@@ -43,15 +43,7 @@ def render_page(report: 'Report') -> str:
         f'<h2>Notes</h2>{_render_list(report.notes)}' if report.notes else '',
         f'<script>{SCRIPT}</script>',
     ]
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        '<link rel="icon" href="data:,">\n'
-        f'<title>{escape(report.name)}</title>\n'
-        f'<style>{look.read_text(encoding="utf-8")}{STYLE}</style>\n</head>\n<body>\n'
-        + '\n'.join(filter(None, sections))
-        + '\n</body>\n</html>\n'
-    )
+    return web_page.assemble(report.name, sections, STYLE)
 
 
 def _render_filter(report: 'Report') -> str:

@@ -1,13 +1,13 @@
 """The page of an inspection, a self-contained HTML file in the style of the reports."""
 
 import base64
-import importlib.resources
 import pathlib
 from collections.abc import Mapping
 from html import escape
 
 import numpy as np
 
+from mi import web_page
 from mi.inspect.layers import Layer, Weights
 from mi.inspect.trained import Trained
 
@@ -45,7 +45,6 @@ def render_page(
       layers: all layers of all seeds.
       figures: the SVG files to embed, by layer name.
     """
-    look = importlib.resources.files('mi').joinpath('report', 'page.css')
     notes = ''.join(f'<li>{escape(note)}</li>\n' for note in NOTES)
     sections = [
         f'<h1>{escape(title)}</h1>',
@@ -56,15 +55,7 @@ def render_page(
     for name, files in figures.items():
         sections.append(f'<h2>{escape(name)}</h2>')
         sections += [_render_figure(name, file) for file in files]
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        '<link rel="icon" href="data:,">\n'
-        f'<title>{escape(title)}</title>\n'
-        f'<style>{look.read_text(encoding="utf-8")}{STYLE}</style>\n</head>\n<body>\n'
-        + '\n'.join(sections)
-        + '\n</body>\n</html>\n'
-    )
+    return web_page.assemble(title, sections, STYLE)
 
 
 def make_rows(layers: list[Layer]) -> tuple[list[str], list[list[str]]]:

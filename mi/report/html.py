@@ -11,6 +11,7 @@ from html import escape
 
 import numpy as np
 
+from mi import web_page
 from mi.config import flatten
 from mi.report import figures, statistics, tables
 from mi.report.analysis import ArmResult
@@ -49,17 +50,7 @@ def render_page(sweep: Sweep, results: list[ArmResult], curves: Curves, notes: l
         f'<script type="application/json" id="data">{_page_data(sweep, results, curves)}</script>',
         f'<script>{(HERE / "page.js").read_text(encoding="utf-8")}</script>',
     ]
-
-    # Styles and scripts are inlined, so that the file is self-contained.
-    stylesheet = (HERE / 'page.css').read_text(encoding='utf-8')
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        '<link rel="icon" href="data:,">\n'
-        f'<title>{escape(sweep.title)}</title>\n<style>{stylesheet}</style>\n</head>\n<body>\n'
-        + '\n'.join(filter(None, sections))
-        + '\n</body>\n</html>\n'
-    )
+    return web_page.assemble(sweep.title, sections)
 
 
 def _page_data(sweep: Sweep, results: list[ArmResult], curves: Curves) -> str:
