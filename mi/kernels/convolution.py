@@ -35,8 +35,8 @@ def convolve(  # noqa: PLR0913 - nn.Conv calls it as jax.lax.conv_general_dilate
 ) -> Array:
     """Convolve images, with the signature that `nn.Conv(conv_general_dilated=…)` expects.
 
-    Dilated and grouped convolutions, and strides that do not divide the kernel, are passed to
-    `lax.conv_general_dilated`.
+    Dilated and grouped convolutions, those with a `preferred_element_type`, and strides that do not
+    divide the kernel are passed to `lax.conv_general_dilated`.
     """
     options |= {'lhs_dilation': lhs_dilation, 'rhs_dilation': rhs_dilation}
     options |= {'feature_group_count': feature_group_count}
@@ -56,7 +56,8 @@ def convolve(  # noqa: PLR0913 - nn.Conv calls it as jax.lax.conv_general_dilate
     sizes_and_strides = zip(rhs.shape, window_strides, strict=False)
     is_divisible = all(size % stride == 0 for size, stride in sizes_and_strides)
     is_plain = {*lhs_dilation, *rhs_dilation, feature_group_count} == {1}
-    if not (is_divisible and is_plain):
+    has_dtype = options.get('preferred_element_type') is not None
+    if not (is_divisible and is_plain) or has_dtype:
         return convolve_natively(lhs, rhs)
     platform = mesh_platform()
     if platform is None:  # A program for several platforms has both.

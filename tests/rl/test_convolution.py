@@ -62,6 +62,15 @@ def test_sums_of_bf16_are_rounded_once():
     assert error < 1.05 * rounding
 
 
+def test_the_dtype_of_the_output_can_be_chosen():
+    x, W = (
+        random(i, *shape).astype(jnp.bfloat16)
+        for i, shape in ((0, (2, 9, 9, 32)), (1, (3, 3, 32, 6)))
+    )
+    wide = {'dimension_numbers': AXES, 'preferred_element_type': jnp.float32}
+    assert convolve(x, W, (1, 1), 'SAME', **wide).dtype == jnp.float32
+
+
 def test_a_gradient_is_one_product_for_each_factor():
     """The transposed product has a term for every pixel of the padded input; no other is made."""
     x, W = random(0, 2, 9, 11, 32), random(1, 3, 3, 32, 6)
