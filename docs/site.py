@@ -96,6 +96,7 @@ FOLDERS = {
     'rl_language': 'Instructions in language',
     'rl_multitask': 'Thirty tasks',
     'rl_time_limits': 'Thirty tasks, time limits',
+    'rl_tuned': 'Thirty tasks, tuned',
     'quickstart_rl': 'Quickstart, agents',
 }
 LINK = re.compile(r'(!?)\[([^\]\n]*)\]\(([^)\s]+)\)')
