@@ -162,7 +162,7 @@ CASES = dict(case for name, changes in LM.items() for case in lm_cases(name, cha
 FIRST = ('lm/chunk', 'fsdp/transformer', 'seeds/transformer/evaluation', 'rl/learner')
 OTHERS = tuple(case for case in CASES if case not in FIRST)
 
-WHOLE = {'lm/lstm', 'fsdp/lstm', 'seeds/fused', 'rl/learner'}
+WHOLE = {'lm/lstm', 'fsdp/lstm', 'seeds/fused', 'rl/fused'}
 COUNTS = {case: (1, 2, 4, 8) if case in WHOLE else (1, 8) for case in CASES}
 
 

@@ -87,6 +87,7 @@ def test_both_have_the_same_outputs_and_gradients(page, shapes, dtype, tolerance
             compare(our_grad, grad)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(('context', 'expected'), [('dense', 64.0), ('one_hot', 64 / 32)])
 def test_the_variance_of_the_output_grows_with_the_inputs_and_ours_is_one(page, context, expected):
     """n = 64, m = 32, k = 128: zᵀWx has variance n for a dense context, and n/m for a one-hot one.

@@ -234,6 +234,7 @@ def test_no_step_keeps_the_carry_and_no_row_has_no_state(word, steps, rows):
     assert not any(a.any() for a in jax.tree.leaves(dparams))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('word', cells.CELLS)
 def test_float64_is_computed_in_float64_with_a_state_of_float64(word):
     with jax.enable_x64(True):

@@ -51,7 +51,11 @@ def assert_same_bits(found, expected):
 
 @pytest.mark.parametrize(
     'changes',
-    [{}, {'model.source': 'summary'}, {'model.core': 'transformer', 'model.layers': 1}],
+    [
+        {},
+        pytest.param({'model.source': 'summary'}, marks=pytest.mark.slow),
+        pytest.param({'model.core': 'transformer', 'model.layers': 1}, marks=pytest.mark.slow),
+    ],
     ids=str,
 )
 def test_the_step_of_a_language_model_has_its_bits_for_any_batch(changes):
@@ -76,7 +80,7 @@ def test_the_step_of_a_language_model_has_its_bits_for_any_batch(changes):
     assert_same_bits(call_loaded(exported, make_args(5)), jax.jit(step)(*make_args(5)))
 
 
-@pytest.mark.parametrize('name', ['catch', 'xland'])
+@pytest.mark.parametrize('name', ['catch', pytest.param('xland', marks=pytest.mark.slow)])
 def test_the_step_of_a_policy_has_its_bits(name):
     config = rl_configs.get_config(f'tiny,env={name}')
     agent = rl.build_agent(config, envs.make(config.env.name).spec)

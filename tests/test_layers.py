@@ -101,7 +101,7 @@ def test_diagonal_form_is_the_full_form_of_its_tensor():
     )
 
 
-@pytest.mark.parametrize('context', ['dense', 'one_hot'])
+@pytest.mark.parametrize('context', ['dense', pytest.param('one_hot', marks=pytest.mark.slow)])
 @pytest.mark.parametrize('form', FORMS)
 def test_the_sum_of_the_terms_has_the_variance_of_a_dense_layer(form, context):
     n, m, batch, draws = 64, 32, 256, 64

@@ -28,6 +28,7 @@ def names():
     return names
 
 
+@pytest.mark.slow
 def test_the_training_step_of_the_page_learns(names):
     losses = [float(loss) for loss in names['losses']]
     assert all(later < earlier for earlier, later in itertools.pairwise(losses))

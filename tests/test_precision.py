@@ -71,10 +71,10 @@ F32 = ('f32', 'f32')
     ('word', 'setting'),
     [
         ('', 'default'),
-        ('', 'high'),
+        pytest.param('', 'high', marks=pytest.mark.slow),
         ('', 'highest'),
-        ('core=transformer,site=attention', 'highest'),
-        ('source=state,fusion=mi_low_rank', 'highest'),
+        pytest.param('core=transformer,site=attention', 'highest', marks=pytest.mark.slow),
+        pytest.param('source=state,fusion=mi_low_rank', 'highest', marks=pytest.mark.slow),
     ],
 )
 def test_the_config_sets_the_precision_of_a_training_step(word, setting):
@@ -133,6 +133,7 @@ def test_as_mi_asks_for_f32(name):
     assert found == {'HIGHEST'}
 
 
+@pytest.mark.slow
 def test_explain_asks_for_f32():
     traces = []
 

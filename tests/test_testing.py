@@ -22,7 +22,7 @@ OPTIONS = {'rank': 4, 'hidden': 12}
 @pytest.mark.parametrize(
     'name',
     [
-        pytest.param(name, marks=() if name in ('none', 'film', 'multi_head') else pytest.mark.slow)
+        pytest.param(name, marks=() if name in ('none', 'multi_head') else pytest.mark.slow)
         for name in FUSIONS
     ],
 )
@@ -34,7 +34,13 @@ def test_every_fusion_passes(name):
     )
 
 
-@pytest.mark.parametrize('name', CELLS)
+@pytest.mark.parametrize(
+    'name',
+    [
+        pytest.param(name, marks=() if name in ('lstm', 'mi_lstm') else pytest.mark.slow)
+        for name in CELLS
+    ],
+)
 def test_every_cell_passes(name):
     testing.check_cell(cells.get(name))
 

@@ -248,6 +248,7 @@ def test_a_module_that_rounds_to_bf16_itself_is_affine_up_to_that():
         as_mi(module, variables, x, z)
 
 
+@pytest.mark.slow
 def test_in_float64_the_tensors_are_float64():
     with jax.enable_x64(True):
         x, z = jnp.asarray(random(0, 7, N), float), jnp.asarray(random(1, 7, M), float)

@@ -172,6 +172,7 @@ def test_the_report_tabulates_every_student_and_the_agreement_of_two_draws(tmp_p
     assert 'connected 1.00, disconnected 1.00, alone 1.00' in table
 
 
+@pytest.mark.slow
 def test_every_student_has_the_requested_size_for_every_support():
     sizes = {}
     for overrides in experiment.sweep():

@@ -157,6 +157,7 @@ def test_an_encoder_sees_z_alone_and_the_mlp_sees_z_through_it():
     assert counts['fusion'] == 8 * 6 + 6 + 2 * (6 * 6 + 6)  # Vx + b, γ and β of c [6]
 
 
+@pytest.mark.slow
 def test_networks_of_a_run_learn_alone():
     """The gradient of each is that of its own target, whatever the other is."""
     both, world = draw('conditional', 'choice', **{'model.width': 3})

@@ -322,6 +322,7 @@ def fitted(tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 def test_an_mi_fits_a_product_better_than_concat_with_equal_parameters(fitted):
     mi_errors, concat_errors = (finals(fitted / name, 'mse', 'eval') for name in ('mi', 'concat'))
     for seed in (0, 1):

@@ -113,6 +113,7 @@ TOY = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_search_tries_a_network_of_one_size_once(tmp_path):
     """One unit of MI reaches the error with (d + 1)² parameters, and one affine map does not."""
     search.search(config(**TOY | BARE), str(tmp_path / 'mi'))

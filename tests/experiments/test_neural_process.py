@@ -146,7 +146,13 @@ def test_a_conditional_neural_process_is_its_equation():
     np.testing.assert_allclose(prediction.std, expected, rtol=1e-4)
 
 
-@pytest.mark.parametrize('changes', [{}, {'model.paths': 'latent'}, ATTENTIVE])
+@pytest.mark.parametrize(
+    'changes',
+    [
+        {},
+        *(pytest.param(c, marks=pytest.mark.slow) for c in ({'model.paths': 'latent'}, ATTENTIVE)),
+    ],
+)
 def test_the_loss_is_the_negative_bound_per_target_of_hidden_points(changes):
     """Recomputed from the model's parts, with the functions, counts and z that the key draws."""
     problem = make_problem(**changes, **{'train.batch': 3})

@@ -25,7 +25,9 @@ def test_austen_is_split_by_novel():
     assert texts['train'].count('By Jane Austen') + texts['train'].count('by Jane Austen') == 4
 
 
-@pytest.mark.parametrize('level, size', [('byte', 256), ('bpe', 400)])
+@pytest.mark.parametrize(
+    'level, size', [('byte', 256), pytest.param('bpe', 400, marks=pytest.mark.slow)]
+)
 def test_lossless_levels_give_the_text_back(level, size, cache):
     corpus = token_store.load(Recipe('austen', level, size), cache)
     assert corpus.lossless and corpus.vocabulary == size and corpus.sizes == (size, 0)

@@ -115,7 +115,12 @@ def measure(model, params, corpus, reading, num_tokens):
 
 @pytest.mark.parametrize(
     'word, changes',
-    [('core=lstm', {}), ('core=transformer', {'model.memory': 48, 'model.layers': 2})],
+    [
+        ('core=lstm', {}),
+        pytest.param(
+            'core=transformer', {'model.memory': 48, 'model.layers': 2}, marks=pytest.mark.slow
+        ),
+    ],
 )
 def test_state_is_carried_from_segment_to_segment(word, changes, texts):
     _, model, params = with_params(word, **changes)
@@ -142,7 +147,13 @@ def test_a_sliding_window_starts_from_no_state(texts):
     assert abs(np.mean(nats[:41]) - carried.mean()) > 1e-3
 
 
-@pytest.mark.parametrize('changes', [{'loss.label_smoothing': 0.3}, {'loss.z_loss': 0.1}])
+@pytest.mark.parametrize(
+    'changes',
+    [
+        pytest.param({'loss.label_smoothing': 0.3}, marks=pytest.mark.slow),
+        {'loss.z_loss': 0.1},
+    ],
+)
 def test_what_is_minimized_has_no_part_in_what_is_reported(changes, texts):
     _, model, params = with_params()
     smoothed = factory.build_model(tiny(**changes), 256)
@@ -159,6 +170,7 @@ def test_what_is_minimized_has_no_part_in_what_is_reported(changes, texts):
     assert first == second
 
 
+@pytest.mark.slow
 def test_dynamic_evaluation_records_the_memory(texts):
     config = tiny('core=transformer', **{'model.memory': 8, 'model.layers': 1, 'eval.memory': 5})
     model = factory.configure_evaluation(factory.build_model(config, 256), config)

@@ -70,6 +70,7 @@ def test_every_token_is_drawn_with_a_key_of_its_own():
     assert len(pairs) > 60  # of 121 pairs, 98 are expected
 
 
+@pytest.mark.slow
 def test_a_transformer_writes_from_no_more_tokens_than_it_was_trained_on():
     changes = {'model.layers': 1, 'model.site': 'none', 'train.length': 6}
     config = tiny('core=transformer', **changes)

@@ -31,7 +31,9 @@ def test_the_losses_are_the_same_on_1_2_and_4_devices_and_with_split_parameters(
 
 
 @pytest.mark.parametrize('parts', [2, pytest.param(4, marks=pytest.mark.slow)])
-@pytest.mark.parametrize('word', ['core=lstm', 'core=transformer'])
+@pytest.mark.parametrize(
+    'word', ['core=lstm', pytest.param('core=transformer', marks=pytest.mark.slow)]
+)
 def test_the_gradient_of_parts_is_that_of_the_batch(word, parts):
     """With dropout too, whose masks are those of the rows."""
     config = lm.get_config(f'{word},tiny').unlock()
@@ -53,7 +55,9 @@ def test_the_gradient_of_parts_is_that_of_the_batch(word, parts):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), *results)
 
 
-@pytest.mark.parametrize('preset', ['tiny', 'core=transformer,tiny'])
+@pytest.mark.parametrize(
+    'preset', ['tiny', pytest.param('core=transformer,tiny', marks=pytest.mark.slow)]
+)
 def test_the_optimizer_updates_its_donated_state_in_place(preset):
     config = lm.get_config(preset).unlock()
     config.seeds = (0,)

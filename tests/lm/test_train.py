@@ -262,7 +262,10 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_is_never_saved(tmp_path, tex
         assert np.isfinite(record['nats_per_token'])
 
 
-@pytest.mark.parametrize('optimizer, rate, save_every', [('adam', 1e38, 20), ('sgd', 1e30, 1)])
+@pytest.mark.parametrize(
+    'optimizer, rate, save_every',
+    [('adam', 1e38, 20), pytest.param('sgd', 1e30, 1, marks=pytest.mark.slow)],
+)
 def test_a_run_whose_last_update_breaks_the_parameters_has_not_succeeded(
     tmp_path, texts, optimizer, rate, save_every
 ):
@@ -317,6 +320,7 @@ def test_a_continued_run_keeps_the_time_since_the_last_record(tmp_path):
     assert meta['unlogged'] == [] and meta['untimed'][0] == 0
 
 
+@pytest.mark.slow
 def test_tokens_that_changed_since_are_noticed(tmp_path, texts):
     shutil.copytree(texts, tmp_path / 'texts')
     config = tiny(**{'data.source': str(tmp_path / 'texts'), 'train.steps': 5})

@@ -15,15 +15,20 @@ def random(seed, *shape):
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape).astype(np.float32))
 
 
+def normal_like(array, scale):
+    """Normal numbers with the shape and the dtype of an array, seeded by its size, by NumPy."""
+    return (scale * np.random.default_rng(array.size).normal(size=array.shape)).astype(array.dtype)
+
+
 def off_the_zeros(variables):
     """Parameters moved, so that none of the terms is zero and hides a mistake."""
-    return jax.tree.map(lambda p: p + 0.2 * random(p.size, *p.shape).astype(p.dtype), variables)
+    return jax.tree.map(lambda p: jnp.asarray(np.asarray(p) + normal_like(p, 0.2)), variables)
 
 
 def drawn(module, *inputs, **kwargs):
     """Random variables of a module for these inputs, nothing initialized."""
     shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), *inputs, **kwargs))
-    return jax.tree.map(lambda a: 0.5 * random(a.size, *a.shape).astype(a.dtype), shapes)
+    return jax.tree.map(lambda a: jnp.asarray(normal_like(a, 0.5)), shapes)
 
 
 def compose(module, variables, *args, **kwargs):
@@ -63,14 +68,17 @@ def is_its_composition(module, variables, *args, tolerance=2e-5, **kwargs):
     for product in composition.products:
         m, n, _ = product.W.shape
         assert product.x.shape[-1] == n and product.z.shape[-1] == m
-        assert jnp.any(product.W != 0)
+        assert np.any(np.asarray(product.W) != 0)
     return composition
 
 
 def wide(tree):
     """The same with float64 for float32; inside `jax.enable_x64`."""
     return jax.tree.map(
-        lambda a: a.astype(jnp.float64) if jnp.issubdtype(a.dtype, jnp.floating) else a, tree
+        lambda a: (
+            jnp.asarray(np.asarray(a, np.float64)) if jnp.issubdtype(a.dtype, jnp.floating) else a
+        ),
+        tree,
     )
 
 
@@ -86,20 +94,20 @@ def assert_float64(f, *args):
         def draw(a):
             if not jnp.issubdtype(a.dtype, jnp.floating):
                 return np.zeros(a.shape, jax.dtypes.float0)
-            return jnp.asarray(rng.normal(size=a.shape))
+            return rng.normal(size=a.shape)
 
         return jax.tree.map(draw, tree)
 
     def moved(step, tree, direction):
         def move(a, d):
-            return a if d.dtype == jax.dtypes.float0 else a + step * d
+            return a if d.dtype == jax.dtypes.float0 else np.asarray(a) + step * d
 
         return jax.tree.map(move, tree, direction)
 
     outputs = jax.eval_shape(f, *args)
     floats = [a for a in jax.tree.leaves(outputs) if jnp.issubdtype(a.dtype, jnp.floating)]
     assert {a.dtype for a in floats} == {jnp.dtype('float64')}
-    weights = jax.tree.map(lambda a: jnp.asarray(rng.normal(size=a.shape)), outputs)
+    weights = jax.tree.map(lambda a: rng.normal(size=a.shape), outputs)
 
     def loss(args):
         terms = jax.tree.map(lambda w, y: (w * y).sum(), weights, f(*args))
@@ -110,7 +118,7 @@ def assert_float64(f, *args):
     tangent = directions(args)
     _, gradient = value_and_gradient(args)
     slope = sum(
-        float((g * t).sum())
+        float((np.asarray(g) * t).sum())
         for g, t in zip(jax.tree.leaves(gradient), jax.tree.leaves(tangent), strict=True)
         if t.dtype != jax.dtypes.float0
     )

@@ -77,6 +77,7 @@ MOTIFS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', MOTIFS)
 def test_float64_is_computed_in_float64(name):
     constructor, inputs = MOTIFS[name]

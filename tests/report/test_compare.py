@@ -117,6 +117,7 @@ def test_sweeps_with_different_metrics_are_refused(sweeps):
         compare.compare_sweeps(*sweeps)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('swapped', 'flags', 'code'),
     [(False, ['--fail_on_worse'], 1), (False, [], 0), (True, ['--fail_on_worse'], 0)],

@@ -392,6 +392,7 @@ def test_a_failure_of_the_command_is_one_line(tmp_path):
     assert done.stderr.count('\n') == 1 and 'expected a sweep (sweep.json)' in done.stderr
 
 
+@pytest.mark.slow
 def test_the_command_needs_no_jax(sweep):
     code = "import sys, mi.report.__main__; assert not any('jax' in name for name in sys.modules)"
     subprocess.run([sys.executable, '-c', code], check=True, timeout=60)

@@ -71,7 +71,9 @@ def test_the_learner_at_a_fused_read_out_is_on_the_policy_that_acted():
     assert (abs(jax.jit(rate)(other) - trajectory.log_prob) > 1e-4).any()
 
 
-@pytest.mark.parametrize('order', ['gradient_first', 'statistics_first'])
+@pytest.mark.parametrize(
+    'order', ['gradient_first', pytest.param('statistics_first', marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize('settings', COPIES)
 def test_popart_rescales_the_copies_of_the_parameters(settings, order):
     """With no learning, all copies stay equal, gain and shift in the new units among them."""

@@ -72,7 +72,7 @@ def changed(given, row, **values):
 @pytest.mark.parametrize(
     'fuse',
     [
-        pytest.param(word, marks=() if word in ('concat', 'mi', 'multi_head') else pytest.mark.slow)
+        pytest.param(word, marks=() if word in ('mi', 'multi_head') else pytest.mark.slow)
         for word in FUSIONS
     ],
 )

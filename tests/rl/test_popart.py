@@ -333,7 +333,7 @@ def test_without_preservation_the_values_follow_the_statistics(order):
     assert (np.abs(got - old)[AGENT_TASK == 1] > 1).all()
 
 
-@pytest.mark.parametrize('preserves', [True, False])
+@pytest.mark.parametrize('preserves', [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize('order', loss.POPART_ORDERS)
 def test_the_gradient_is_in_the_units_of_its_order(order, preserves):
     """Against two passes: statistics, then the gradient at the parameters that they rescale."""

@@ -187,6 +187,7 @@ def test_a_fused_run_stopped_in_its_evaluation_continues_to_the_same_bits(tmp_pa
         train.train(config, str(tmp_path / 'cut'))
 
 
+@pytest.mark.slow
 def test_steps_are_those_that_were_learned_from(tmp_path):
     """Not the rows whose action was ignored: each episode of CartPole has one beside its own."""
     pytest.importorskip('gymnasium', reason='the extra gym is not installed')
