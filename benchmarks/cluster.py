@@ -53,7 +53,7 @@ class Chip:
 
     @property
     def platform(self) -> Platform:
-        """JAX's name of the chip's kind."""
+        """The platform that JAX reports: 'gpu' or 'tpu'."""
         return 'tpu' if self.name.startswith('TPU') else 'gpu'
 
 

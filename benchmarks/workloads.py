@@ -49,7 +49,7 @@ class Training(NamedTuple):
 
 
 def tracing_for(platform: Platform) -> contextlib.AbstractContextManager[None]:
-    """Let `target_platform()` be `platform`, whose orders and kernels differ from the CPU's."""
+    """Trace with the orders and kernels of a platform, whose devices need not be present."""
     device = jax.sharding.AbstractDevice('', None, platform)
     mesh = jax.sharding.AbstractMesh((), (), abstract_device=device)
     return jax.sharding.use_abstract_mesh(mesh)

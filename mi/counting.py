@@ -46,9 +46,9 @@ def products(function: Callable[..., object], *args: object) -> list[Product]:
     """Return the matrix products and convolutions that function(*args) computes.
 
     The body of a scan counts once per iteration, the body of a while loop once, and a conditional
-    counts as its most expensive branch. Of `jax.lax.platform_dependent`, the branch of
-    `target_platform()` counts. The kernel for W[ids] x counts as one product, because its loops
-    have a dynamic length. The arguments can be arrays or shapes.
+    counts as its most expensive branch. `jax.lax.platform_dependent` counts as its branch for
+    `target_platform()`. The kernel for W[ids] x counts as one product, because its loops have a
+    dynamic length. The arguments can be arrays or shapes.
     """
     return _find_products(jax.make_jaxpr(function)(*args).jaxpr, 1)
 
@@ -60,8 +60,9 @@ def flops(function: Callable[..., object], *args: object) -> int:
     counted. The body of a scan counts once per iteration, whereas `compiled.cost_analysis()` counts
     it only once. The body of a while loop counts once, because its number of iterations is not
     known. The loops of the kernel for W[ids] x are an exception: with x [B, n] and W [m, n, k],
-    they count 2·B·n·k. A conditional counts as its most expensive branch, and one between platforms
-    as the branch of `target_platform()`. The arguments can be arrays or shapes.
+    they count 2·B·n·k. A conditional counts as its most expensive branch, and
+    `jax.lax.platform_dependent` as its branch for `target_platform()`. The arguments can be arrays
+    or shapes.
     """
     return _sum_flops(products(function, *args))
 
@@ -98,7 +99,7 @@ def _find_products(jaxpr: core.Jaxpr, times: int) -> list[Product]:
 
 
 def list_branches(eqn: core.JaxprEqn) -> Sequence[core.ClosedJaxpr]:
-    """Return the branches of a conditional, or the one for the platform that is traced for."""
+    """Return the branches of a conditional, or the one that runs on the target platform."""
     branches: Sequence[core.ClosedJaxpr] = eqn.params['branches']
     platforms = eqn.params.get('branches_platforms')  # of `jax.lax.platform_dependent`
     if platforms is None:

@@ -105,11 +105,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument('--install', action='store_true', help='install, do not only resolve')
     options = parser.parse_args(arguments)
     names = options.only.split(',')
-    for flag, given, known in [
+    for flag, chosen, known in [
         ('only', names, read_extras()),
         ('installers', options.installers.split(','), INSTALLERS),
     ]:
-        for name in given:
+        for name in chosen:
             if name not in known:
                 parser.error(f'--{flag}={name} is unknown; known: {", ".join(known)}')
     columns = [(name, locked) for name in options.installers.split(',') for locked in (False, True)]

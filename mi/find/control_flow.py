@@ -45,7 +45,7 @@ def run_call(
 def run_cond(interpreter: Interpreter, equation: Equation) -> list[Value]:
     """Record all branches, merge their results, and only count the costliest branch.
 
-    Of a choice between platforms, there is only the branch of `mi.kernels.linear.target_platform`.
+    `jax.lax.platform_dependent` has only the branch for `mi.kernels.linear.target_platform()`.
     """
     predicate, *operands = equation.inputs
     scope = equation.enter()
