@@ -92,6 +92,7 @@ MOTIFS = {'forms': 'Forms of the equation', 'dynamic_conv': 'Dynamic convolution
 FOLDERS = {
     'lm_fusion': 'Fusions in language models',
     'lm_table': 'Encoder and decoder of an LSTM',
+    'lm_table_enwik8': 'Encoder and decoder of an LSTM, enwik8',
     'rl_again': 'Thirty tasks again',
     'rl_language': 'Instructions in language',
     'rl_multitask': 'Thirty tasks',
