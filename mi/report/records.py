@@ -102,7 +102,7 @@ def average_timing(timings: Sequence[Sequence[Record]]) -> list[Record]:
     """
     step_records = [{record['step']: record for record in timing} for timing in timings]
     averages: list[Record] = []
-    for step in sorted(set.intersection(*map(set, step_records))):
+    for step in sorted(set.intersection(*map(set, step_records)) if step_records else ()):
         records = [run_records[step] for run_records in step_records]
         seconds = [record['seconds'] for record in records]
         average: Record = {}

@@ -136,10 +136,13 @@ def _find_seed_sets(arms: list[list[Arm]]) -> tuple[tuple[int, ...], ...]:
 
 
 def _merge_seeds(runs: list[Arm], path: pathlib.Path) -> Arm:
-    """Merge the runs of one arm, which have different seeds, and average their timings."""
-    first = runs[0]
+    """Merge the runs of one arm, which have different seeds.
+
+    A run that has not started has neither timings nor costs; those of the others count.
+    """
     if len(runs) == 1:
-        return first
+        return runs[0]
+    first = next((run for run in runs if run.cost), runs[0])
     seeds = [seed for run in runs for seed in run.seeds]
     if len(set(seeds)) < len(seeds):
         raise UserError(
@@ -155,7 +158,7 @@ def _merge_seeds(runs: list[Arm], path: pathlib.Path) -> Arm:
         seeds=tuple(seeds),
         status=status_run.status,
         metrics=[record for run in runs for record in run.metrics],
-        timing=average_timing([run.timing for run in runs]),
+        timing=average_timing([run.timing for run in runs if run.timing]),
         environments=tuple(environment for run in runs for environment in run.environments),
     )
 

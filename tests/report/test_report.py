@@ -240,6 +240,17 @@ def test_a_member_without_a_run_directory_is_waiting(sweep):
     assert (row['state'], row['reason']) == ('waiting', 'no folder fusion=gone')
 
 
+@pytest.mark.parametrize('is_first', [True, False])
+def test_an_arm_keeps_the_times_and_costs_of_its_runs_when_another_has_not_started(sweep, is_first):
+    members = json.loads((sweep / 'sweep.json').read_text())['members']
+    waiting = {'name': 'fusion=more', 'label': 'mi', 'overrides': {}}
+    change_sweep(sweep, members=[waiting, *members] if is_first else [*members, waiting])
+    report.write(sweep)
+    row = read_table(sweep)['mi']
+    assert (row['state'], row['reason']) == ('waiting', 'no folder fusion=more')
+    assert (float(row['train_seconds']), row['parameters_model']) == (8.0, '412345')
+
+
 def test_without_a_baseline_there_is_no_difference(sweep):
     change_sweep(sweep, baseline=None)
     report.write(sweep)
