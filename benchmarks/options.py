@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 
 import jax
-from absl import app, flags
+from absl import app, flags, logging
 
 from mi.config import UserError, suggest
 from mi.training import host
@@ -20,8 +20,14 @@ from mi.training import host
 
 def run(main: Callable[[Sequence[str]], None]) -> None:
     """Run the main function of a benchmark. A user error prints one line and exits with code 1."""
+
+    def run_quietly(argv: Sequence[str]) -> None:
+        if not flags.FLAGS['verbosity'].present:
+            logging.set_verbosity(logging.WARNING)  # JAX tells of every backend that is not there
+        main(argv)
+
     try:
-        app.run(main)
+        app.run(run_quietly)
     except UserError as error:
         sys.exit(f'error: {error}')
 

@@ -5,25 +5,25 @@
 XLA's profiler times every instruction of the compiled step on one thread. An instruction belongs to
 the part of the model that its JAX operation is in, except that matrix products are counted by
 themselves. The profiler makes a step longer, so the milliseconds of all parts are scaled to sum to
-the step without it. The rate of the products is compared with that of a large square product in XLA
-and in PyTorch, the most that a step could reach with all its products at full speed.
+the step without it. The products of the step are also timed alone, in XLA and in PyTorch, and so is
+the whole step of PyTorch's model in the two benchmarks below. They show how much of the distance
+between the libraries is that of their products.
 
 The steps are the Transformers of `benchmarks.lm` and the recipe of `benchmarks.nanogpt`.
 """
 
 import collections
-import contextlib
 import glob
 import gzip
 import json
+import math
 import os
 import re
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -32,7 +32,7 @@ import ml_collections
 import numpy as np
 
 from benchmarks import lm, nanogpt, options
-from mi.estimate import hlo, program
+from mi.estimate import hlo
 from mi.training import host
 
 STEPS = ('small', 'default', 'long', 'nanogpt')
@@ -41,7 +41,7 @@ SIDE = options.define_side()
 JSON = options.define_json()
 
 NUM_STEPS = 20
-LARGE = 1024  # rows and columns of the square product
+NANOGPT_VOCABULARY = 65  # characters of tiny Shakespeare
 PRODUCTS = 'matrix products'
 # Part of the model → regular expression for the operations in it; the first match counts.
 PARTS = {
@@ -54,6 +54,36 @@ PARTS = {
 CONTROL_FLOW = ('while', 'call', 'conditional')  # whose time is that of their instructions
 
 
+class Dot(NamedTuple):
+    """A matrix product of a step, with the axes of `jax.lax.dot_general`.
+
+    Attributes:
+      shapes: shapes of both factors.
+      contracted: axes of both factors that are summed over.
+      batch: axes of both factors that are those of a batch of products.
+    """
+
+    shapes: tuple[tuple[int, ...], ...]
+    contracted: tuple[tuple[int, ...], ...]
+    batch: tuple[tuple[int, ...], ...]
+
+    @property
+    def flops(self) -> int:
+        sizes = math.prod(self.shapes[0]) * math.prod(self.shapes[1])
+        shared_sizes = [self.shapes[0][axis] for axis in (*self.contracted[0], *self.batch[0])]
+        return 2 * sizes // math.prod(shared_sizes)
+
+    def permutations(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return the orders of axes in which both factors are those of `torch.matmul`."""
+        free_axes = [
+            tuple(axis for axis in range(len(shape)) if axis not in (*summed, *batched))
+            for shape, summed, batched in zip(self.shapes, self.contracted, self.batch, strict=True)
+        ]
+        left = (*self.batch[0], *free_axes[0], *self.contracted[0])
+        right = (*self.batch[1], *self.contracted[1], *free_axes[1])
+        return left, right
+
+
 class Share(NamedTuple):
     """Seconds per step in the instructions of a part, and their number."""
 
@@ -64,7 +94,7 @@ class Share(NamedTuple):
 def get_config(name: str) -> tuple[ml_collections.ConfigDict, int]:
     """Return the config of a step, and its vocabulary size."""
     if name == 'nanogpt':
-        return nanogpt.make_config(nanogpt.Recipe()).unlock(), 65
+        return nanogpt.make_config(nanogpt.Recipe()).unlock(), NANOGPT_VOCABULARY
     return lm.make_config('transformer', name, 'mi'), lm.get_sizes()['transformer'][name][0]
 
 
@@ -113,62 +143,100 @@ def compute_shares(hlo_text: str, seconds: collections.Counter[str]) -> dict[str
     return {part: Share(total, counts[part]) for part, total in totals.most_common()}
 
 
+def list_dots(hlo_text: str) -> list[Dot]:
+    """Return the matrix products of a program without loops."""
+    dots = []
+    for computation in hlo.parse(hlo_text).computations.values():
+        for instruction in computation.instructions.values():
+            if instruction.opcode == 'dot':
+                shapes = (shape.dims for shape in computation.operand_shapes(instruction))
+                contracted, batch = (
+                    tuple(instruction.dims(f'{factor}_{axes}_dims') for factor in ('lhs', 'rhs'))
+                    for axes in ('contracting', 'batch')
+                )
+                dots.append(Dot(tuple(shapes), contracted, batch))
+    return dots
+
+
 def measure(name: str) -> dict[str, Any]:
     """Measure a step on one thread, and return its figures for the JSON file."""
     compiled, step = lm.compile_step(*get_config(name))
-    for _ in range(5):
-        step()
     step_seconds = measure_step(step)
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
-            profiled_seconds = measure_step(step)
+            profiled_seconds = measure_step(step, warmup=0)
         traced = read_trace(folder)
     seconds = collections.Counter({key: value / NUM_STEPS for key, value in traced.items()})
     shares = compute_shares(compiled.as_text(), seconds)
+    dots = list_dots(compiled.as_text())
     return {
         'step': name,
         'seconds': step_seconds,
         'profiled_seconds': profiled_seconds,
-        'gflops': program.analyze(compiled).flops / 1e9,
+        'gflops': sum(dot.flops for dot in dots) / 1e9,
         'shares': {part: share._asdict() for part, share in shares.items()},
-        'large_product': {'XLA': measure_xla_rate(), 'torch': measure_torch_rate()},
+        'products_alone': {
+            'XLA': measure_step(multiply_in_xla(dots)),
+            'torch': measure_step(multiply_in_torch(dots)),
+        },
+        'torch_seconds': measure_step(make_torch_step(name)),
     }
 
 
-def measure_step(step: Callable[[], object]) -> float:
+def measure_step(step: Callable[[], object], warmup: int = 5) -> float:
     """Return the mean seconds of a step."""
+    for _ in range(warmup):
+        step()
     start_time = time.perf_counter()
     for _ in range(NUM_STEPS):
         step()
     return (time.perf_counter() - start_time) / NUM_STEPS
 
 
-def measure_rate(multiply: Callable[[], object]) -> float:
-    """Return the GFLOP/s of a square product, the median of ten."""
-    times = []
-    for _ in range(11):
-        start_time = time.perf_counter()
-        multiply()
-        times.append(time.perf_counter() - start_time)
-    return 2 * LARGE**3 / statistics.median(times[1:]) / 1e9
+def multiply_in_xla(dots: Sequence[Dot]) -> Callable[[], object]:
+    """Return a function that computes all products in one program of XLA."""
+
+    def multiply(factors: Sequence[tuple[jax.Array, jax.Array]]) -> list[jax.Array]:
+        return [
+            jax.lax.dot_general(left, right, (dot.contracted, dot.batch))
+            for dot, (left, right) in zip(dots, factors, strict=True)
+        ]
+
+    factors = [tuple(map(jnp.asarray, pair)) for pair in draw_factors(dots)]
+    compiled = jax.jit(multiply).lower(factors).compile()
+    return lambda: jax.block_until_ready(compiled(factors))
 
 
-def measure_xla_rate() -> float:
-    """Return the GFLOP/s of a large square product in XLA."""
-    matrix = jnp.asarray(np.random.default_rng(0).normal(size=(LARGE, LARGE)), jnp.float32)
-    product = jax.jit(jnp.matmul)
-    return measure_rate(lambda: jax.block_until_ready(product(matrix, matrix)))
+def multiply_in_torch(dots: Sequence[Dot]) -> Callable[[], object]:
+    """Return a function that computes all products in PyTorch."""
+    import torch
+
+    factors = []
+    for dot, pair in zip(dots, draw_factors(dots), strict=True):
+        left, right = map(torch.from_numpy, pair)
+        left_order, right_order = dot.permutations()
+        factors.append((left.permute(left_order), right.permute(right_order)))
+    return lambda: [left @ right for left, right in factors]
 
 
-def measure_torch_rate() -> float | None:
-    """Return the GFLOP/s of a large square product in PyTorch, or None without it."""
-    with contextlib.suppress(ImportError):
-        import torch
+def draw_factors(dots: Sequence[Dot]) -> Iterator[list[np.ndarray]]:
+    """Draw both factors of each product, in f32."""
+    rng = np.random.default_rng(0)
+    for dot in dots:
+        yield [rng.standard_normal(shape, np.float32) for shape in dot.shapes]
 
-        torch.set_num_threads(1)
-        matrix = torch.randn(LARGE, LARGE)
-        return measure_rate(lambda: matrix @ matrix)
-    return None
+
+def make_torch_step(name: str) -> Callable[[], object]:
+    """Return a function that runs the step of the PyTorch model of the same sizes."""
+    import torch
+
+    torch.set_num_threads(1)
+    if name != 'nanogpt':
+        return lm.make_step('transformer', name, 'torch')
+    recipe = nanogpt.Recipe()
+    side = nanogpt.make_torch_side(recipe, NANOGPT_VOCABULARY, seed=0, is_compiled=False)
+    tokens = np.zeros((recipe.batch, recipe.length + 1), np.int32)
+    return lambda: side.update(tokens, 0)
 
 
 def scale_shares(figures: dict[str, Any]) -> dict[str, float]:
@@ -179,7 +247,7 @@ def scale_shares(figures: dict[str, Any]) -> dict[str, float]:
 
 
 def print_table(figures: dict[str, Any]) -> None:
-    """Print the parts of a step, scaled to the step without the profiler, and product rates."""
+    """Print the parts of a step, scaled to the step without the profiler, and its peers."""
     seconds, shares = figures['seconds'], figures['shares']
     scaled_seconds = scale_shares(figures)
     profiled_total = sum(share['seconds'] for share in shares.values())
@@ -195,15 +263,16 @@ def print_table(figures: dict[str, Any]) -> None:
             f'{part_seconds / seconds:8.2f}'
         )
     print(f'{"whole step, unprofiled":<49}{1000 * seconds:9.2f}{1:8.2f}')
-    rates = {'products of the step': figures['gflops'] / scaled_seconds[PRODUCTS]}
-    rates |= {
-        f'{LARGE} × {LARGE} in {library}': rate
-        for library, rate in figures['large_product'].items()
-        if rate is not None
-    }
-    print(
-        'GFLOP/s: ' + ', '.join(f'{label} {rate:.0f}' for label, rate in rates.items()), flush=True
-    )
+    torch_seconds = figures['torch_seconds']
+    print(f'{"whole step in torch":<49}{1000 * torch_seconds:9.2f}{torch_seconds / seconds:8.2f}')
+    for library, alone_seconds in figures['products_alone'].items():
+        label = f'the same products alone in {library}'
+        print(f'{label:<49}{1000 * alone_seconds:9.2f}{alone_seconds / seconds:8.2f}')
+    times = {'in the step': scaled_seconds[PRODUCTS]} | figures['products_alone']
+    rates = [
+        f'{label} {figures["gflops"] / product_time:.0f}' for label, product_time in times.items()
+    ]
+    print(f'GFLOP/s of the products: {", ".join(rates)}', flush=True)
 
 
 def main(argv: Sequence[str]) -> None:

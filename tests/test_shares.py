@@ -4,6 +4,7 @@ import collections
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from benchmarks import shares
 from mi.estimate import hlo
@@ -61,6 +62,25 @@ def test_a_compiled_product_is_one():
     instructions = entry.instructions.values()
     parts = [shares.find_part(instruction, entry, module) for instruction in instructions]
     assert parts.count(shares.PRODUCTS) == 1
+
+
+def test_products_of_a_program_are_those_of_its_source():
+    """Both libraries compute the same products, whose FLOPs are those of the program."""
+
+    def multiply(x, V, scores):
+        gradient = jnp.einsum('bn,bk->nk', x, x @ V)
+        return jnp.tanh(gradient), jnp.einsum('bhtd,bhsd->bhts', scores, scores)
+
+    arrays = jnp.ones((64, 32)), jnp.ones((32, 48)), jnp.ones((2, 3, 5, 7))
+    compiled = jax.jit(multiply).lower(*arrays).compile()
+    dots = shares.list_dots(compiled.as_text())
+    expected_flops = [2 * 64 * 32 * 48] * 2 + [2 * 2 * 3 * 5 * 5 * 7]
+    assert sorted(dot.flops for dot in dots) == sorted(expected_flops)
+    for dot, (left, right) in zip(dots, shares.draw_factors(dots), strict=True):
+        product = jax.lax.dot_general(left, right, (dot.contracted, dot.batch))
+        left_order, right_order = dot.permutations()
+        expected = left.transpose(left_order) @ right.transpose(right_order)
+        np.testing.assert_allclose(product, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_parts_sum_to_the_step_without_the_profiler():
