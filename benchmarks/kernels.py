@@ -218,7 +218,7 @@ def make_step(set_name: str, side: str) -> Callable[[], object]:
         if side == 'plain':
             return plain_rl.xland_step(config, 'concat')
         config.model.fusion.name = side
-        return rl.fused_step(config)
+        return rl.compile_fused(config)[1]
     if side != 'plain':
         from benchmarks import lm
 

@@ -83,8 +83,10 @@ def count_steps(set_name: str, side: str) -> int:
     return config.train.batch * config.train.length * num_seeds
 
 
-def fused_step(config: ml_collections.ConfigDict) -> Callable[[], object]:
-    """Return a function that runs an update of the topology 'fused'."""
+def compile_fused(
+    config: ml_collections.ConfigDict,
+) -> tuple[jax.stages.Compiled, Callable[[], object]]:
+    """Return the compiled update of the topology 'fused', and a function that runs it."""
     environment = envs.make(config.env.name)
     agent = factory.build_agent(config, environment.spec)
     optimizer = optim.make_optimizer(config.optim, 1000)
@@ -98,7 +100,7 @@ def fused_step(config: ml_collections.ConfigDict) -> Callable[[], object]:
         train_state, metrics = compiled_update(train_state)
         jax.block_until_ready(metrics)
 
-    return step
+    return compiled_update, step
 
 
 def threads_step(config: ml_collections.ConfigDict) -> Callable[[], object]:
@@ -249,10 +251,12 @@ def make_step(set_name: str, side: str) -> Callable[[], object]:
     if set_name == 'seeds':
         num_seeds, config.model.fusion.name = side.split()
         config.seeds = tuple(range(int(num_seeds)))
-        return fused_step(config)
+        return compile_fused(config)[1]
     if side in FUSIONS:
         config.model.fusion.name = side
-    return fused_step(config) if side in (*FUSIONS, 'whole') else parts_step(config, side)
+    if side in (*FUSIONS, 'whole'):
+        return compile_fused(config)[1]
+    return parts_step(config, side)
 
 
 def main(argv: Sequence[str]) -> None:

@@ -1,41 +1,40 @@
-"""Time of the parts of a language model's training step on a CPU.
+"""Time of the parts of a training step on a CPU.
 
     pip install -e '.[benchmark]' && python -m benchmarks.shares
 
 XLA's profiler times every instruction of the compiled step on one thread. An instruction belongs to
 the part of the model that its JAX operation is in, except that matrix products are counted by
 themselves. The profiler makes a step longer, so the milliseconds of all parts are scaled to sum to
-the step without it. The products of the step are also timed alone, in XLA and in PyTorch, and so is
-the whole step of PyTorch's model in the two benchmarks below. They show how much of the distance
-between the libraries is that of their products.
+the step without it. The products of a Transformer's step are also timed alone, in XLA and in
+PyTorch, and so is the whole step of PyTorch's model. They show how much of the distance between the
+libraries is that of their products.
 
-The steps are the Transformers of `benchmarks.lm` and the recipe of `benchmarks.nanogpt`.
+The steps are the Transformers of `benchmarks.lm`, the recipe of `benchmarks.nanogpt`, and an update
+of `benchmarks.rl` on XLand with the fusion `mi`, which acts and learns.
 """
 
 import collections
 import glob
 import gzip
 import json
-import math
 import os
 import re
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 
-from benchmarks import lm, nanogpt, options
-from mi.estimate import hlo
+from benchmarks import lm, nanogpt, options, rl
+from mi.estimate import hlo, program
 from mi.training import host
 
-STEPS = ('small', 'default', 'long', 'nanogpt')
+STEPS = ('small', 'default', 'long', 'nanogpt', 'xland')
 ONLY = options.define_only(f'Steps: {", ".join(STEPS)}')
 SIDE = options.define_side()
 JSON = options.define_json()
@@ -44,12 +43,18 @@ NUM_STEPS = 20
 NANOGPT_VOCABULARY = 65  # characters of tiny Shakespeare
 PRODUCTS = 'matrix products'
 # Part of the model → regular expression for the operations in it; the first match counts.
-PARTS = {
+TRANSFORMER_PARTS = {
     'attention without products': r'/attention/',
     'feed-forward without products': r'/feed_forward/',
     'normalization': r'/norm\w*/',
     'embedding, residual sums and loss': r'LanguageModel',
     'optimizer': r'',
+}
+XLAND_PARTS = {
+    'learning without products': r'jvp\(Agent\)',
+    'acting without products': r'/Agent/',
+    'environments': r'(?<!jvp\()vmap\(',
+    'losses and optimizer': r'',
 }
 CONTROL_FLOW = ('while', 'call', 'conditional')  # whose time is that of their instructions
 
@@ -66,12 +71,6 @@ class Dot(NamedTuple):
     shapes: tuple[tuple[int, ...], ...]
     contracted: tuple[tuple[int, ...], ...]
     batch: tuple[tuple[int, ...], ...]
-
-    @property
-    def flops(self) -> int:
-        sizes = math.prod(self.shapes[0]) * math.prod(self.shapes[1])
-        shared_sizes = [self.shapes[0][axis] for axis in (*self.contracted[0], *self.batch[0])]
-        return 2 * sizes // math.prod(shared_sizes)
 
     def permutations(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Return the orders of axes in which both factors are those of `torch.matmul`."""
@@ -91,15 +90,24 @@ class Share(NamedTuple):
     instructions: int
 
 
-def get_config(name: str) -> tuple[ml_collections.ConfigDict, int]:
-    """Return the config of a step, and its vocabulary size."""
+def compile_step(name: str) -> tuple[jax.stages.Compiled, Callable[[], object]]:
+    """Return the compiled step, and a function that runs it."""
+    if name == 'xland':
+        config = rl.make_config('xland')
+        config.model.fusion.name = 'mi'
+        return rl.compile_fused(config)
     if name == 'nanogpt':
-        return nanogpt.make_config(nanogpt.Recipe()).unlock(), NANOGPT_VOCABULARY
-    return lm.make_config('transformer', name, 'mi'), lm.get_sizes()['transformer'][name][0]
+        config = nanogpt.make_config(nanogpt.Recipe()).unlock()
+        return lm.compile_step(config, NANOGPT_VOCABULARY)
+    vocabulary = lm.get_sizes()['transformer'][name][0]
+    return lm.compile_step(lm.make_config('transformer', name, 'mi'), vocabulary)
 
 
 def find_part(
-    instruction: hlo.Instruction, computation: hlo.Computation, module: hlo.Module
+    instruction: hlo.Instruction,
+    computation: hlo.Computation,
+    module: hlo.Module,
+    parts: Mapping[str, str],
 ) -> str:
     """Return the part of the model that an instruction of a computation belongs to.
 
@@ -114,7 +122,7 @@ def find_part(
     while source is not None and not source.operation and source.operands:
         source = computation.instructions.get(source.operands[0])
     operation = (source and source.operation) or ''
-    return next(part for part, pattern in PARTS.items() if re.search(pattern, operation))
+    return next(part for part, pattern in parts.items() if re.search(pattern, operation))
 
 
 def read_trace(folder: str) -> collections.Counter[str]:
@@ -129,7 +137,9 @@ def read_trace(folder: str) -> collections.Counter[str]:
     return seconds
 
 
-def compute_shares(hlo_text: str, seconds: collections.Counter[str]) -> dict[str, Share]:
+def compute_shares(
+    hlo_text: str, seconds: collections.Counter[str], parts: Mapping[str, str]
+) -> dict[str, Share]:
     """Return the share of each part, most seconds first, for the seconds of one step by name."""
     module = hlo.parse(hlo_text)
     totals: collections.Counter[str] = collections.Counter()
@@ -137,7 +147,7 @@ def compute_shares(hlo_text: str, seconds: collections.Counter[str]) -> dict[str
     for computation in module.computations.values():
         for name, instruction in computation.instructions.items():
             if name in seconds and instruction.opcode not in CONTROL_FLOW:
-                part = find_part(instruction, computation, module)
+                part = find_part(instruction, computation, module, parts)
                 totals[part] += seconds[name]
                 counts[part] += 1
     return {part: Share(total, counts[part]) for part, total in totals.most_common()}
@@ -160,26 +170,31 @@ def list_dots(hlo_text: str) -> list[Dot]:
 
 def measure(name: str) -> dict[str, Any]:
     """Measure a step on one thread, and return its figures for the JSON file."""
-    compiled, step = lm.compile_step(*get_config(name))
+    compiled, step = compile_step(name)
     step_seconds = measure_step(step)
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             profiled_seconds = measure_step(step, warmup=0)
         traced = read_trace(folder)
     seconds = collections.Counter({key: value / NUM_STEPS for key, value in traced.items()})
-    shares = compute_shares(compiled.as_text(), seconds)
-    dots = list_dots(compiled.as_text())
+    parts = XLAND_PARTS if name == 'xland' else TRANSFORMER_PARTS
+    shares = compute_shares(compiled.as_text(), seconds, parts)
     return {
         'step': name,
         'seconds': step_seconds,
         'profiled_seconds': profiled_seconds,
-        'gflops': sum(dot.flops for dot in dots) / 1e9,
+        'gflops': program.analyze(compiled).flops / 1e9,
         'shares': {part: share._asdict() for part, share in shares.items()},
-        'products_alone': {
-            'XLA': measure_step(multiply_in_xla(dots)),
-            'torch': measure_step(multiply_in_torch(dots)),
-        },
-        'torch_seconds': measure_step(make_torch_step(name)),
+        'peers': {} if name == 'xland' else measure_peers(name, list_dots(compiled.as_text())),
+    }
+
+
+def measure_peers(name: str, dots: Sequence[Dot]) -> dict[str, float]:
+    """Return the seconds of the products alone, and of the whole step in PyTorch."""
+    return {
+        'products alone in XLA': measure_step(multiply_in_xla(dots)),
+        'products alone in torch': measure_step(multiply_in_torch(dots)),
+        'whole step in torch': measure_step(make_torch_step(name)),
     }
 
 
@@ -263,15 +278,11 @@ def print_table(figures: dict[str, Any]) -> None:
             f'{part_seconds / seconds:8.2f}'
         )
     print(f'{"whole step, unprofiled":<49}{1000 * seconds:9.2f}{1:8.2f}')
-    torch_seconds = figures['torch_seconds']
-    print(f'{"whole step in torch":<49}{1000 * torch_seconds:9.2f}{torch_seconds / seconds:8.2f}')
-    for library, alone_seconds in figures['products_alone'].items():
-        label = f'the same products alone in {library}'
-        print(f'{label:<49}{1000 * alone_seconds:9.2f}{alone_seconds / seconds:8.2f}')
-    times = {'in the step': scaled_seconds[PRODUCTS]} | figures['products_alone']
-    rates = [
-        f'{label} {figures["gflops"] / product_time:.0f}' for label, product_time in times.items()
-    ]
+    rates = [f'in the step {figures["gflops"] / scaled_seconds[PRODUCTS]:.0f}']
+    for label, peer_seconds in figures['peers'].items():
+        print(f'{label:<49}{1000 * peer_seconds:9.2f}{peer_seconds / seconds:8.2f}')
+        if label.startswith('products alone '):
+            rates.append(f'{label} {figures["gflops"] / peer_seconds:.0f}')
     print(f'GFLOP/s of the products: {", ".join(rates)}', flush=True)
 
 
