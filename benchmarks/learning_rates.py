@@ -17,5 +17,5 @@ NOTES: list[str] = []
 
 
 def sweep() -> list[Overrides]:
-    rates = [step * 2e-4 for step in range(1, 41)]
+    rates = [step / 5000 for step in range(1, 41)]
     return product(**{'optim.learning_rate': rates, 'train.steps': [20]})
