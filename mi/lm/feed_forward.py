@@ -40,8 +40,15 @@ class FeedForward(nn.Module):
             hidden = Affine(self.hidden, self.dtype, name='hidden')(x)
         else:
             hidden = self.fusion(self.hidden, dtype=self.dtype, name='fuse_ffn')(x, z)
+        # Compute the activation again in the backward pass: to write and read the factors of its
+        # derivative takes longer on a CPU, and memory everywhere.
         if self.activation == 'swiglu':
-            hidden = jax.nn.silu(Affine(self.hidden, self.dtype, name='gate')(x)) * hidden
+            gate = Affine(self.hidden, self.dtype, name='gate')(x)
+            hidden = jax.checkpoint(_apply_gate)(gate, hidden)
         else:
-            hidden = getattr(jax.nn, self.activation)(hidden)
+            hidden = jax.checkpoint(getattr(jax.nn, self.activation))(hidden)
         return Affine(x.shape[-1], self.dtype, name='out')(hidden)
+
+
+def _apply_gate(gate: Array, hidden: Array) -> Array:
+    return jax.nn.silu(gate) * hidden
