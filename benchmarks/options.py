@@ -23,7 +23,7 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
 
     def run_quietly(argv: Sequence[str]) -> None:
         if not flags.FLAGS['verbosity'].present:
-            logging.set_verbosity(logging.WARNING)  # JAX tells of every backend that is not there
+            logging.set_verbosity(logging.WARNING)  # JAX reports each missing backend
         main(argv)
 
     try:

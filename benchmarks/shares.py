@@ -7,7 +7,7 @@ the part of the model that its JAX operation is in, except that matrix products 
 themselves. The profiler makes a step longer, so the milliseconds of all parts are scaled to sum to
 the step without it. The products of a Transformer's step are also timed alone, in XLA and in
 PyTorch, and so is the whole step of PyTorch's model. They show how much of the distance between the
-libraries is that of their products.
+libraries is that of their products. The last line has the memory of a step's temporary arrays.
 
 The steps are the Transformers of `benchmarks.lm`, the recipe of `benchmarks.nanogpt`, and an update
 of `benchmarks.rl` on XLand with the fusion `mi`, which acts and learns.
@@ -53,7 +53,7 @@ TRANSFORMER_PARTS = {
 XLAND_PARTS = {
     'learning without products': r'jvp\(Agent\)',
     'acting without products': r'/Agent/',
-    'environments': r'(?<!jvp\()vmap\(',
+    'environments and sampled actions': r'(?<!jvp\()vmap\(',
     'losses and optimizer': r'',
 }
 CONTROL_FLOW = ('while', 'call', 'conditional')  # whose time is that of their instructions
@@ -64,8 +64,8 @@ class Dot(NamedTuple):
 
     Attributes:
       shapes: shapes of both factors.
-      contracted: axes of both factors that are summed over.
-      batch: axes of both factors that are those of a batch of products.
+      contracted: axes of each factor that the product sums over.
+      batch: axes of each factor that number the products of a batch.
     """
 
     shapes: tuple[tuple[int, ...], ...]
@@ -73,7 +73,7 @@ class Dot(NamedTuple):
     batch: tuple[tuple[int, ...], ...]
 
     def permutations(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Return the orders of axes in which both factors are those of `torch.matmul`."""
+        """Return the orders of both factors' axes for `torch.matmul`."""
         free_axes = [
             tuple(axis for axis in range(len(shape)) if axis not in (*summed, *batched))
             for shape, summed, batched in zip(self.shapes, self.contracted, self.batch, strict=True)
@@ -184,6 +184,7 @@ def measure(name: str) -> dict[str, Any]:
         'seconds': step_seconds,
         'profiled_seconds': profiled_seconds,
         'gflops': program.analyze(compiled).flops / 1e9,
+        'temporaries_mb': compiled.memory_analysis().temp_size_in_bytes / 1e6,
         'shares': {part: share._asdict() for part, share in shares.items()},
         'peers': {} if name == 'xland' else measure_peers(name, list_dots(compiled.as_text())),
     }
@@ -283,7 +284,8 @@ def print_table(figures: dict[str, Any]) -> None:
         print(f'{label:<49}{1000 * peer_seconds:9.2f}{peer_seconds / seconds:8.2f}')
         if label.startswith('products alone '):
             rates.append(f'{label} {figures["gflops"] / peer_seconds:.0f}')
-    print(f'GFLOP/s of the products: {", ".join(rates)}', flush=True)
+    print(f'GFLOP/s of the products: {", ".join(rates)}')
+    print(f'temporary arrays: {figures["temporaries_mb"]:.1f} MB', flush=True)
 
 
 def main(argv: Sequence[str]) -> None:

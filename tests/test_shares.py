@@ -5,6 +5,7 @@ import collections
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from benchmarks import shares
 from mi.estimate import hlo
@@ -65,6 +66,29 @@ def test_a_compiled_product_is_one():
         for instruction in instructions
     ]
     assert parts.count(shares.PRODUCTS) == 1
+
+
+@pytest.mark.parametrize(
+    ('operation', 'part'),
+    [
+        ('while/body/jvp(Agent)/torso/tanh', 'learning without products'),
+        ('while/body/transpose(jvp(Agent))/Agent._core/mul', 'learning without products'),
+        ('while/body/Agent/Agent._core/tanh', 'acting without products'),
+        ('while/body/vmap(jit(_gumbel))/log', 'environments and sampled actions'),
+        ('while/body/jvp(vmap())/add', 'losses and optimizer'),
+        ('while/body/mul', 'losses and optimizer'),
+    ],
+)
+def test_parts_of_an_agent(operation, part):
+    program = f"""HloModule jit_update
+
+ENTRY %main (x: f32[2]) -> f32[2] {{
+  %x = f32[2] parameter(0)
+  ROOT %y = f32[2] tanh(%x), metadata={{op_name="jit(update)/{operation}"}}
+}}
+"""
+    seconds = collections.Counter(y=1.0)
+    assert shares.compute_shares(program, seconds, shares.XLAND_PARTS) == {part: (1.0, 1)}
 
 
 def test_products_of_a_program_are_those_of_its_source():

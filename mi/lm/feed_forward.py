@@ -40,13 +40,15 @@ class FeedForward(nn.Module):
             hidden = Affine(self.hidden, self.dtype, name='hidden')(x)
         else:
             hidden = self.fusion(self.hidden, dtype=self.dtype, name='fuse_ffn')(x, z)
-        # Compute the activation again in the backward pass: to write and read the factors of its
-        # derivative takes longer on a CPU, and memory everywhere.
+        # For the derivatives of silu and gelu, JAX would save several arrays of this size, so they
+        # are computed again in the backward pass. For that of relu, it saves a boolean per entry.
         if self.activation == 'swiglu':
             gate = Affine(self.hidden, self.dtype, name='gate')(x)
             hidden = jax.checkpoint(_apply_gate)(gate, hidden)
+        elif self.activation == 'gelu':
+            hidden = jax.checkpoint(jax.nn.gelu)(hidden)
         else:
-            hidden = jax.checkpoint(getattr(jax.nn, self.activation))(hidden)
+            hidden = jax.nn.relu(hidden)
         return Affine(x.shape[-1], self.dtype, name='out')(hidden)
 
 

@@ -10,6 +10,7 @@ from flax import linen as nn
 
 from mi import FUSIONS, cells, fusion
 from mi.layers import Affine
+from mi.lm import feed_forward
 from mi.lm import model as lm
 from mi.lm.context import SOURCES
 from mi.lm.dropout import Rates
@@ -356,3 +357,24 @@ def test_the_gradient_of_a_normalization_is_a_sum_over_one_axis():
     assert re.search(r'= f32\[12\]\S* reduce\(.*dimensions=\{0\}', program)
     assert not re.search(r'= f32\[12\]\S* reduce\(.*dimensions=\{0,1\}', program)
     assert not re.search(r'window=\{size=\d+x(?!1 )\d+', program)
+
+
+@pytest.mark.parametrize(
+    ('activation', 'bytes_per_entry'), [('swiglu', 12), ('gelu', 8), ('relu', 9)]
+)
+def test_activations_keep_few_arrays_for_the_backward_pass(activation, bytes_per_entry):
+    """These are the arguments of the activation, and its value for the next product.
+
+    relu has an f32, a boolean, and the value again in another shape.
+    """
+    layer = feed_forward.FeedForward(48, activation)
+    x = jax.ShapeDtypeStruct((2, 5, 16), jnp.float32)
+    params = jax.eval_shape(layer.init, jax.random.key(0), x, None)
+
+    def pull_back(params, x):
+        return jax.vjp(lambda params, x: layer.apply(params, x, None), params, x)[1]
+
+    saved = jax.tree.leaves(jax.eval_shape(pull_back, params, x))
+    num_entries = 2 * 5 * 48
+    saved_bytes = sum(a.size * a.dtype.itemsize for a in saved if a.size == num_entries)
+    assert saved_bytes == bytes_per_entry * num_entries
