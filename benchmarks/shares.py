@@ -6,8 +6,8 @@ XLA's profiler times every instruction of the compiled step on one thread. An in
 the part of the model that its JAX operation is in, except that matrix products are counted by
 themselves. The profiler makes a step longer, so the milliseconds of all parts are scaled to sum to
 the step without it. The products of a Transformer's step are also timed alone, in XLA and in
-PyTorch, and so is the whole step of PyTorch's model. They show how much of the distance between the
-libraries is that of their products. The last line has the memory of a step's temporary arrays.
+PyTorch, and so is the whole step of PyTorch's model. These take turns with the step, and the median
+of the rounds counts. The last line has the memory of a step's temporary arrays.
 
 The steps are the Transformers of `benchmarks.lm`, the recipe of `benchmarks.nanogpt`, and an update
 of `benchmarks.rl` on XLand with the fusion `mi`, which acts and learns.
@@ -19,6 +19,7 @@ import gzip
 import json
 import os
 import re
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -39,7 +40,9 @@ ONLY = options.define_only(f'Steps: {", ".join(STEPS)}')
 SIDE = options.define_side()
 JSON = options.define_json()
 
-NUM_STEPS = 20
+NUM_PROFILED = 20  # steps in the trace
+NUM_ROUNDS = 11
+STEPS_PER_ROUND = 3
 NANOGPT_VOCABULARY = 65  # characters of tiny Shakespeare
 PRODUCTS = 'matrix products'
 # Part of the model → regular expression for the operations in it; the first match counts.
@@ -171,42 +174,51 @@ def list_dots(hlo_text: str) -> list[Dot]:
 def measure(name: str) -> dict[str, Any]:
     """Measure a step on one thread, and return its figures for the JSON file."""
     compiled, step = compile_step(name)
-    step_seconds = measure_step(step)
+    peers = {} if name == 'xland' else make_peers(name, list_dots(compiled.as_text()))
+    median_seconds = measure_in_turns({'step': step} | peers)
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
-            profiled_seconds = measure_step(step, warmup=0)
+            profiled_seconds = measure_step(step, NUM_PROFILED)
         traced = read_trace(folder)
-    seconds = collections.Counter({key: value / NUM_STEPS for key, value in traced.items()})
+    seconds = collections.Counter({key: value / NUM_PROFILED for key, value in traced.items()})
     parts = XLAND_PARTS if name == 'xland' else TRANSFORMER_PARTS
     shares = compute_shares(compiled.as_text(), seconds, parts)
     return {
         'step': name,
-        'seconds': step_seconds,
+        'seconds': median_seconds.pop('step'),
         'profiled_seconds': profiled_seconds,
         'gflops': program.analyze(compiled).flops / 1e9,
         'temporaries_mb': compiled.memory_analysis().temp_size_in_bytes / 1e6,
         'shares': {part: share._asdict() for part, share in shares.items()},
-        'peers': {} if name == 'xland' else measure_peers(name, list_dots(compiled.as_text())),
+        'peers': median_seconds,
     }
 
 
-def measure_peers(name: str, dots: Sequence[Dot]) -> dict[str, float]:
-    """Return the seconds of the products alone, and of the whole step in PyTorch."""
+def make_peers(name: str, dots: Sequence[Dot]) -> dict[str, Callable[[], object]]:
+    """Return functions that compute the products alone, and the whole step in PyTorch."""
     return {
-        'products alone in XLA': measure_step(multiply_in_xla(dots)),
-        'products alone in torch': measure_step(multiply_in_torch(dots)),
-        'whole step in torch': measure_step(make_torch_step(name)),
+        'products alone in XLA': multiply_in_xla(dots),
+        'products alone in torch': multiply_in_torch(dots),
+        'whole step in torch': make_torch_step(name),
     }
 
 
-def measure_step(step: Callable[[], object], warmup: int = 5) -> float:
+def measure_in_turns(steps: Mapping[str, Callable[[], object]]) -> dict[str, float]:
+    """Return the median seconds of each step, over rounds in which they take turns."""
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(NUM_ROUNDS):
+        for name, step in steps.items():
+            step()  # bring its arrays back into the caches
+            seconds[name].append(measure_step(step, STEPS_PER_ROUND))
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def measure_step(step: Callable[[], object], num_steps: int) -> float:
     """Return the mean seconds of a step."""
-    for _ in range(warmup):
-        step()
     start_time = time.perf_counter()
-    for _ in range(NUM_STEPS):
+    for _ in range(num_steps):
         step()
-    return (time.perf_counter() - start_time) / NUM_STEPS
+    return (time.perf_counter() - start_time) / num_steps
 
 
 def multiply_in_xla(dots: Sequence[Dot]) -> Callable[[], object]:
