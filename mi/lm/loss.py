@@ -112,12 +112,50 @@ def losses_from_logits(
     options: Objective,
 ) -> Losses:
     """Compute the losses of targets [...] from logits [..., V], see `softmax_losses`."""
-    log_z = jax.nn.logsumexp(logits, axis=-1)
-    target_logits = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    nats = objective = log_z - target_logits
+    nats, log_z = _cross_entropy(logits, targets)
+    objective = nats
     if options.label_smoothing:
         uniform_nats = log_z - logits.mean(axis=-1)
         objective = (1 - options.label_smoothing) * nats + options.label_smoothing * uniform_nats
     if options.z_loss:
         objective = objective + options.z_loss * log_z**2
     return Losses(nats, objective)
+
+
+@jax.custom_vjp
+def _cross_entropy(logits: Array, targets: Array) -> tuple[Array, Array]:
+    """Compute −ln p(target) and ln Z of logits [..., V], and keep only the logits for the gradient.
+
+        d(−ln p) / d logits = p − 1[v = target],   d(ln Z) / d logits = p
+
+    `jax.nn.logsumexp` would also keep the exponentials, an array as large as the logits. At the
+    target, the gradient is computed from −ln p. Without this dependence, XLA computes −ln p at the
+    end of a training step, which reports it, and keeps the logits until then.
+    """
+    log_z = jax.nn.logsumexp(logits, axis=-1)
+    target_logits = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    return log_z - target_logits, log_z
+
+
+_Residuals = tuple[Array, Array, Array, Array]  # logits, targets, −ln p and ln Z
+
+
+def _cross_entropy_forward(logits: Array, targets: Array) -> tuple[tuple[Array, Array], _Residuals]:
+    nats, log_z = _cross_entropy(logits, targets)
+    return (nats, log_z), (logits, targets, nats, log_z)
+
+
+def _cross_entropy_backward(
+    residuals: _Residuals, cotangents: tuple[Array, Array]
+) -> tuple[Array, None]:
+    logits, targets, nats, log_z = residuals
+    nats_cotangent, log_z_cotangent = cotangents
+    scale = nats_cotangent + log_z_cotangent
+    logit_cotangents = scale[..., None] * jnp.exp(logits - log_z[..., None])
+    at_target = nats_cotangent * jnp.expm1(-nats) + log_z_cotangent * jnp.exp(-nats)
+    return jnp.put_along_axis(
+        logit_cotangents, targets[..., None], at_target[..., None], axis=-1, inplace=False
+    ), None
+
+
+_cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)

@@ -7,7 +7,7 @@ import pytest
 
 from mi import counting
 from mi.lm.adaptive_softmax import AdaptiveWords
-from mi.lm.loss import Objective, softmax_losses
+from mi.lm.loss import Objective, losses_from_logits, softmax_losses
 
 N, E, V = 23, 6, 40
 
@@ -67,6 +67,45 @@ def test_chunks_take_a_fraction_of_the_memory():
         return compiled.memory_analysis().temp_size_in_bytes
 
     assert temporary(128) < temporary(0) / 3
+
+
+@pytest.mark.parametrize('scale', [1.0, 40.0])
+def test_the_gradient_of_the_loss_is_the_softmax_minus_the_target(scale):
+    """With the large scale, some targets have a probability of almost 1 or 0."""
+    rng = np.random.default_rng(3)
+    logits, targets = scale * rng.standard_normal((N, V)), rng.integers(0, V, N)
+    nats_weights, z_weights = rng.standard_normal((2, N))
+
+    def weighted(logits):
+        losses = losses_from_logits(logits, jnp.asarray(targets), Objective(z_loss=1.0))
+        log_z_squared = losses.objective - losses.nats
+        return (losses.nats * nats_weights + log_z_squared * z_weights).sum()
+
+    gradient = jax.grad(weighted)(jnp.asarray(logits, jnp.float32))
+    log_z = np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    softmax, is_target = np.exp(logits - log_z), np.arange(V) == targets[:, None]
+    expected = (softmax - is_target) * nats_weights[:, None]
+    expected += 2 * log_z * softmax * z_weights[:, None]
+    np.testing.assert_allclose(gradient, expected, rtol=1e-4, atol=2e-5 * scale)
+
+
+def test_a_training_step_has_two_arrays_of_the_size_of_the_logits():
+    """These are the logits and their gradient, although the step also reports the loss."""
+    num_tokens, num_words, features = 512, 4096, 8
+
+    def step(y, table, bias, targets):
+        def loss(y, table, bias):
+            losses = softmax_losses(y, table, bias, targets, Objective())
+            return losses.objective.mean(), losses.nats
+
+        gradients, nats = jax.grad(loss, (0, 1, 2), has_aux=True)(y, table, bias)
+        return gradients, nats.mean()
+
+    shapes = [(num_tokens, features), (num_words, features), (num_words,)]
+    args = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    args.append(jax.ShapeDtypeStruct((num_tokens,), jnp.int32))
+    memory = jax.jit(step).lower(*args).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 2.5 * 4 * num_tokens * num_words
 
 
 @functools.cache
