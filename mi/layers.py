@@ -120,6 +120,43 @@ def _differentiate_addition(
     return _add_to_rows(*primals), rows_tangent + b_rows
 
 
+@jax.custom_vjp
+def compute_gradients_early(x: Array, *params: Array) -> tuple[Array, ...]:
+    """Return x and the parameters of a layer, and compute the gradient of x after the others.
+
+    XLA on CPU schedules a program depth-first: it computes the cotangents down to the first layer
+    before the gradients of parameters, and keeps the inputs and cotangents of all layers for them.
+    Therefore, 0 times an entry of each gradient is added to an entry of the gradient of x, in
+    place. Other platforms have better schedulers, and nothing is added there.
+    """
+    return x, *params
+
+
+def _compute_gradients_early_forward(x: Array, *params: Array) -> tuple[tuple[Array, ...], None]:
+    return (x, *params), None
+
+
+def _compute_gradients_early_backward(
+    residuals: None, cotangents: tuple[Array, ...]
+) -> tuple[Array, ...]:
+    x_cotangent, *param_cotangents = cotangents
+    if target_platform() != 'cpu':
+        return cotangents
+    entry = _first_entry(x_cotangent)
+    for cotangent in param_cotangents:
+        entry += 0.0 * _first_entry(cotangent).astype(entry.dtype)
+    start = (0,) * x_cotangent.ndim
+    entry = entry.reshape((1,) * x_cotangent.ndim)
+    return jax.lax.dynamic_update_slice(x_cotangent, entry, start), *param_cotangents
+
+
+def _first_entry(array: Array) -> Array:
+    return jax.lax.slice(array, (0,) * array.ndim, (1,) * array.ndim).reshape(())
+
+
+compute_gradients_early.defvjp(_compute_gradients_early_forward, _compute_gradients_early_backward)
+
+
 def align_streams(x: Array, z: Array, *, ids: bool = False) -> tuple[Array, Array]:
     """Return x [..., n] and z [..., m] with the same number of leading axes.
 
@@ -158,6 +195,8 @@ class Affine(nn.Module):
       dtype, param_dtype, precision: as in `MultiplicativeInteraction`.
       V_init: initializer of V [n, k]. Defaults to `lecun_normal`.
       b_init: initializer of b [k]. Defaults to zeros.
+      early_gradients: whether the backward pass computes the gradients of V and b before that of
+        x. This saves memory on CPU if x or y is large, see `compute_gradients_early`.
     """
 
     features: int
@@ -166,12 +205,15 @@ class Affine(nn.Module):
     precision: jax.lax.PrecisionLike = None
     V_init: Initializer = input_init()
     b_init: Initializer = initializers.zeros
+    early_gradients: bool = False
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         V = self.param('V', self.V_init, (x.shape[-1], self.features), self.param_dtype)
         b = self.param('b', self.b_init, (self.features,), self.param_dtype)
         x, V, b = nn.dtypes.promote_dtype(x, V, b, dtype=self.dtype)
+        if self.early_gradients:
+            x, V, b = compute_gradients_early(x, V, b)
         return add_bias(linear(x, V, precision=self.precision), b)
 
 

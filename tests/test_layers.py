@@ -12,7 +12,7 @@ from jax.test_util import check_grads
 import mi
 from mi.kernels.bilinear import ID_ORDERS, bilinear
 from mi.kernels.linear import linear
-from mi.layers import Affine, one_hot
+from mi.layers import Affine, compute_gradients_early, one_hot
 from tests import prng
 from tests.motifs.checks import drawn, random
 
@@ -324,3 +324,44 @@ def test_ids_of_few_bits_are_those_of_many_contexts(dtype):
         np.testing.assert_array_equal(y, bilinear(x, ids, W, order=order))
     np.testing.assert_array_equal(linear(ids.astype(dtype), W[:, 0]), W[ids, 0])
     np.testing.assert_array_equal(one_hot(ids.astype(dtype), 300, x.dtype), jnp.eye(300)[ids])
+
+
+def test_early_gradients_come_before_those_of_the_layer_below():
+    """XLA would compute all gradients of V after the last cotangent of a hidden layer."""
+    num_layers, num_rows, num_features, num_hidden = 4, 1024, 32, 256
+
+    def compile_update(is_early):
+        def loss(params, x):
+            for V, A in zip(*params, strict=True):
+                if is_early:
+                    x, V = compute_gradients_early(x, V)
+                x = x + linear(jnp.tanh(linear(x, V)), A)
+            return (x**2).sum()
+
+        def update(params, x):
+            gradients = jax.grad(loss)(params, x)
+            norm = jnp.sqrt(sum((leaf**2).sum() for leaf in jax.tree.leaves(gradients)))
+            return jax.tree.map(lambda leaf: leaf / norm, gradients)
+
+        return jax.jit(update).lower(params, x).compile()
+
+    def count_early(compiled):
+        """Count gradients of V and A before the last cotangent of a hidden layer."""
+        program = compiled.as_text().split('ENTRY')[1]  # in the order of execution
+        lines = [line for line in program.splitlines() if 'transpose(jvp' in line]
+        shapes = [re.search(r'= f32\[([\d,]+)\]', line) for line in lines]
+        sizes = [match and sorted(map(int, match[1].split(','))) for match in shapes]
+        last_cotangent = max(i for i, size in enumerate(sizes) if size == [num_hidden, num_rows])
+        return sizes[:last_cotangent].count([num_features, num_hidden])
+
+    x = random(0, num_rows, num_features)
+    V = 0.1 * random(1, num_layers, num_features, num_hidden)
+    A = 0.1 * random(2, num_layers, num_hidden, num_features)
+    params = list(V), list(A)
+    late, early = compile_update(False), compile_update(True)
+    assert (count_early(late), count_early(early)) == (0, num_layers - 1)
+    jax.tree.map(
+        lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-7),
+        early(params, x),
+        late(params, x),
+    )

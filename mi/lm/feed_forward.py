@@ -10,7 +10,16 @@ from jax.typing import DTypeLike
 
 from mi.layers import Affine
 
-ACTIVATIONS = ('swiglu', 'relu', 'gelu')
+
+def _swiglu(hidden: Array, gate: Array) -> Array:
+    return jax.nn.silu(gate) * hidden
+
+
+ACTIVATIONS: dict[str, Callable[..., Array]] = {
+    'swiglu': _swiglu,
+    'relu': jax.nn.relu,
+    'gelu': jax.nn.gelu,
+}
 
 
 class FeedForward(nn.Module):
@@ -37,20 +46,19 @@ class FeedForward(nn.Module):
     def __call__(self, x: Array, z: Array | None) -> Array:
         """Map x [..., n] and z [..., m] to y [..., n], where only a fusion uses z."""
         if self.fusion is None:
-            hidden = Affine(self.hidden, self.dtype, name='hidden')(x)
+            hidden = Affine(self.hidden, self.dtype, early_gradients=True, name='hidden')(x)
         else:
             hidden = self.fusion(self.hidden, dtype=self.dtype, name='fuse_ffn')(x, z)
-        # For the derivatives of silu and gelu, JAX would save several arrays of this size, so they
-        # are computed again in the backward pass. For that of relu, it saves a boolean per entry.
+        inputs = [hidden]
         if self.activation == 'swiglu':
-            gate = Affine(self.hidden, self.dtype, name='gate')(x)
-            hidden = jax.checkpoint(_apply_gate)(gate, hidden)
-        elif self.activation == 'gelu':
-            hidden = jax.checkpoint(jax.nn.gelu)(hidden)
-        else:
-            hidden = jax.nn.relu(hidden)
-        return Affine(x.shape[-1], self.dtype, name='out')(hidden)
+            inputs.append(Affine(self.hidden, self.dtype, early_gradients=True, name='gate')(x))
 
+        def apply_out(out: Affine, *inputs: Array) -> Array:
+            return out(ACTIVATIONS[self.activation](*inputs))
 
-def _apply_gate(gate: Array, hidden: Array) -> Array:
-    return jax.nn.silu(gate) * hidden
+        # The derivatives of silu and gelu and the gradient of A₂ need several arrays of the size of
+        # the hidden layer. They are computed again in the backward pass. For relu, its output is
+        # all that they need.
+        if self.activation != 'relu':
+            apply_out = nn.remat(apply_out)
+        return apply_out(Affine(x.shape[-1], self.dtype, name='out'), *inputs)

@@ -197,7 +197,7 @@ class LanguageModel(nn.Module):
         """Compute the features y [T, B, E] from which the logits are computed."""
         if self.site in ('decoder', 'both'):
             return self.fusion(features, dtype=self.dtype, name='fuse_decoder')(h, z)
-        return Affine(features, dtype=self.dtype, name='decoder')(h)
+        return Affine(features, dtype=self.dtype, early_gradients=True, name='decoder')(h)
 
     def _make_core(self, **options: Any) -> Any:
         if self._fuses_state_in_core:
